@@ -1,0 +1,27 @@
+# `make demo` and `make test` do all set-up by themselves, in a virtual environment of their own; the stamps in it keep
+# a second run from installing again.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# accelerate launch would give a CPU run a single thread.
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: demo test
+
+demo: $(VENV)/.installed
+	$(BIN)/accelerate launch training/alignprop.py --config configs/alignprop/emoji.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e '.[tensorboard]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e '.[dev]'
+	touch $(VENV)/.installed $@

@@ -1,0 +1,325 @@
+"""What is written to disk and read back: atomically, strictly, safetensors and JSON only."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+# Writing
+
+
+@contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` to create as a file or a folder, and renames it to `path` at the end.
+
+    Whoever looks at `path` sees the old content, or the whole new one, also after a crash or a power cut.
+    When the body raises, the temporary is removed. A full disk raises OSError(ENOSPC) that says what to do.
+    A folder can only be published under a new name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    remove(temporary)  # left by a process that was killed
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _fsync(file)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except BaseException as error:
+        remove(temporary)
+        if _no_space(error):
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left to write {path} ({free:.1f} MiB free). What was there before is intact: "
+                "free some space and run the same command again",
+            ) from error
+        raise
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Deletes a file or a folder, if it is there. A folder vanishes from its name at once, then file by file."""
+    path = Path(path)
+    if path.is_dir():
+        doomed = path.with_name(f".tmp-{path.name.removeprefix('.tmp-')}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _no_space(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, SafetensorError) and "No space left" in str(error)
+
+
+def save_json(data: Any, path: str | os.PathLike) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one safetensors file. ValueError when a tensor holds a NaN or an infinity: nothing is written then."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"refusing to save {path}: not finite: {_some(bad)}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# Reading
+
+
+def load_json(path: str | os.PathLike) -> Any:
+    """ValueError when the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads one safetensors file. ValueError when it is a pickle (by its name), missing, or damaged."""
+    path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle by its name, and reading a pickle can run anything: expected a .safetensors file. "
+            "Convert it where you trust it, or ask its author for safetensors"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: expected a .safetensors file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The header's free-text entries of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_events(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The events of a run, oldest first. A last line that a killed process left unfinished is passed over."""
+    path = Path(path)
+    events = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+    return events
+
+
+# LoRA
+
+
+def save_lora(
+    folder: str | os.PathLike,
+    unet: nn.Module,
+    *,
+    adapter_name: str = "default",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes `folder/pytorch_lora_weights.safetensors`, which `StableDiffusionPipeline.load_lora_weights` reads.
+
+    The adapter's current scale (alpha / rank, times any weight of `set_adapters`) is folded into the up-projections.
+    A reader without alpha takes alpha = rank, a scale of 1: so the file and its bare state dict are both right, and
+    no PEFT config is written that an older PEFT could refuse. `metadata` goes into the header. Returns the file.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    if adapter_name not in getattr(unet, "peft_config", {}):
+        raise ValueError(f"no adapter {adapter_name!r} to save; there are: {sorted(getattr(unet, 'peft_config', {}))}")
+    folded = {}
+    for key, tensor in get_peft_model_state_dict(unet, adapter_name=adapter_name).items():
+        name, _, part = key.removesuffix(".weight").rpartition(".")
+        if part not in ("lora_A", "lora_B"):
+            raise ValueError(f"only plain LoRA can be saved, and {key!r} is something else")
+        scale = unet.get_submodule(name).scaling[adapter_name] if part == "lora_B" else 1.0
+        folded[key] = tensor * scale
+    weights = {f"unet.{key}": tensor for key, tensor in convert_state_dict_to_diffusers(folded).items()}
+    path = Path(folder) / LORA_WEIGHTS
+    save_tensors(weights, path, metadata)
+    return path
+
+
+def load_lora(
+    pipe_or_unet: Any, path: str | os.PathLike, adapter_name: str = "default", weight: float = 1.0
+) -> None:
+    """Adds a U-Net LoRA as the only active adapter, at `weight`; blend several with `unet.set_adapters`.
+
+    `path` is a safetensors file (diffusers' or kohya's keys), or a folder with pytorch_lora_weights.safetensors.
+    Strict where diffusers only warns: ValueError when the file is a pickle, damaged, or does not fit this U-Net
+    in every key and every shape. The U-Net is untouched then.
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
+    path = Path(path)
+    if path.is_dir():
+        path = path / LORA_WEIGHTS
+    load_tensors(path)  # for its checks; diffusers reads the file again, with alphas and header
+    if adapter_name in getattr(unet, "peft_config", {}):
+        raise ValueError(f"adapter {adapter_name!r} is already loaded: unload it, or choose another adapter_name")
+    weights, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(path.parent),
+        weight_name=path.name,
+        local_files_only=True,
+        return_lora_metadata=True,
+        unet_config=unet.config,
+    )
+    foreign = [key for key in weights if not key.startswith("unet.")]
+    if foreign:
+        raise ValueError(f"{path}: expected U-Net LoRA keys (unet.…), got {_some(foreign)}: use pipe.load_lora_weights")
+    _check_fit(unet, convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in weights.items()}), path)
+    unet.load_lora_adapter(
+        weights, prefix="unet", adapter_name=adapter_name, network_alphas=alphas, metadata=metadata or None
+    )
+    unet.set_adapters(adapter_name, weight)
+
+
+def _check_fit(unet: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Every layer must exist in `unet`, as a pair A [r, in, ...] and B [out, r, ...] of its own sizes."""
+    layers = {name: module for name, module in unet.named_modules() if getattr(module, "weight", None) is not None}
+    layers = {name.removesuffix(".base_layer"): module for name, module in layers.items() if ".lora_" not in name}
+    names = sorted({key.rpartition(".lora_")[0] for key in weights})
+    if not names:
+        raise ValueError(f"{path} holds no LoRA weights")
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        nearest = get_close_matches(unknown[0], layers, 1, cutoff=0.0)
+        raise ValueError(
+            f"{path} does not fit this base model: it has no layer {_some(unknown)}; the nearest is {nearest[0]}. "
+            "The LoRA was probably made for another base"
+        )
+    for name in names:
+        down, up = (weights.pop(f"{name}.lora_{part}.weight", None) for part in "AB")
+        if down is None or up is None:
+            raise ValueError(f"{path} is incomplete: expected lora_A and lora_B of {name}")
+        expected, got = list(layers[name].weight.shape[:2]), [up.shape[0], down.shape[1]]  # [out, in]
+        if expected != got or down.shape[0] != up.shape[1]:
+            raise ValueError(
+                f"{path} does not fit this base model: expected {name} of [out, in] = {expected}, got {got} "
+                f"(rank {down.shape[0]} and {up.shape[1]}). Load the base it was made for"
+            )
+    if weights:
+        raise ValueError(f"{path} holds keys that are not plain LoRA: {_some(sorted(weights))}")
+
+
+# Model card
+
+
+def plot_curves(events: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Draws every scalar of a run over its steps, a panel each, as a PNG."""
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for event in events:
+        if event["type"] == "scalars":
+            for name, value in event.items():
+                if name not in ("type", "step", "time") and value is not None:
+                    curves.setdefault(name, []).append((event["step"], value))
+    if not curves:
+        raise ValueError("no scalars to draw")
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, (name, points) in zip(panels, curves.items(), strict=False):
+        panel.plot(*zip(*points, strict=True), linewidth=1)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    for panel in list(figure.axes)[len(curves):]:
+        panel.set_visible(False)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def write_card(
+    folder: str | os.PathLike,
+    *,
+    title: str,
+    description: str,
+    base_model: str,
+    config: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]] = (),
+    pictures: Sequence[str | os.PathLike] = (),
+    tags: Sequence[str] = (),
+    license: str | None = None,
+) -> Path:
+    """Writes the model card `folder/README.md`: description, pictures (copied), curves.png of `events`, config.
+
+    Needs no network. `base_model` goes into the card's metadata as it is; `license` should be the base model's.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    folder = Path(folder)
+    parts = [f"# {title}", description.strip()]
+    for picture in map(Path, pictures):
+        with atomic(folder / picture.name) as temporary:
+            shutil.copyfile(picture, temporary)
+        parts.append(f"![{picture.stem}]({picture.name})")
+    if any(event["type"] == "scalars" for event in events):
+        plot_curves(events, folder / "curves.png")
+        parts += ["## Curves", "![curves](curves.png)"]
+    parts += ["## Configuration", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}```"]
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    parts += ["## Versions", ", ".join(f"{name} {version(name)}" for name in libraries)]
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=license,
+        tags=["text-to-image", "diffusers", "alignkit", *tags],
+    )
+    body = "\n\n".join(parts)
+    with atomic(folder / "README.md") as temporary:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(temporary)
+    return folder / "README.md"

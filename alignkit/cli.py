@@ -1,0 +1,303 @@
+"""The `alignkit` command. Each sub-command is a function: its signature makes the options, its docstring the help.
+
+To add one, write the function and enter it in COMMANDS; a dict in place of a function makes a group of sub-commands.
+Functions import what is heavy inside, so that `alignkit --help` stays instant.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, get_origin
+
+from alignkit import __version__, evaluate
+
+# Pairs that pip accepts and that fail when used: (installed, beside, what happens).
+KNOWN_BAD = [
+    ("image-reward", "transformers>=5", "ImageReward does not import: its BLIP code uses what transformers 5 removed"),
+    ("hpsv2", "protobuf>=4", "hpsv2 was built against protobuf 3"),
+]
+
+
+def doctor() -> None:
+    """Say what is installed, on what machine, and what is wrong with it; exits with 1 if something is."""
+    problems = [*_check_packages(), *_check_machine(), *_check_world()]
+    print("\n" + ("\n".join(f"problem: {p}" for p in problems) if problems else "No problems found."))
+    if problems:
+        raise SystemExit(1)
+
+
+def generate(
+    prompt: str,
+    model: str = "emoji",
+    lora: Sequence[str] = (),
+    negative_prompt: str = "",
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    num_images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    output_dir: str = "outputs",
+) -> list[Path]:
+    """Draw images; each PNG carries the settings that draw it again (`alignkit.cli.read_settings`).
+
+    Image i is drawn alone, from seed + i, so it does not depend on how many were asked for.
+
+    Args:
+        prompt: What to draw.
+        model: Base model: "emoji", a folder in diffusers format, or a name on the Hub.
+        lora: Folder or safetensors file of a LoRA, or LORA=WEIGHT.
+        negative_prompt: What to steer away from.
+        seed: Seed of the first image.
+        num_inference_steps: DDIM steps.
+        guidance_scale: Strength of classifier-free guidance; 1 turns it off.
+        num_images_per_prompt: How many images, with consecutive seeds.
+        height: Pixels; the model's own size unless given.
+        width: Pixels; the model's own size unless given.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
+        dtype: Precision of the model.
+        output_dir: Where the PNG files go.
+    """
+    import torch
+
+    from alignkit.base import load_base
+
+    if num_inference_steps < 1 or num_images_per_prompt < 1:
+        raise ValueError(
+            f"num_inference_steps and num_images_per_prompt are at least 1, got {num_inference_steps} and "
+            f"{num_images_per_prompt}."
+        )
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    base = load_base(model, device=device, dtype=getattr(torch, dtype))
+    _, h, w = base.latent_shape(height, width)
+    pipe = base.pipeline()
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    digests = _add_loras(pipe, lora)
+    settings = {
+        "prompt": prompt,
+        "model": model,
+        "lora": list(lora),
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "height": h * pipe.vae_scale_factor,
+        "width": w * pipe.vae_scale_factor,
+        "device": device,
+        "dtype": dtype,
+    }
+    prompt_embeds, negative_prompt_embeds = base.encode_prompt([prompt]), base.encode_prompt([negative_prompt])
+    paths = []
+    for image_seed in range(seed, seed + num_images_per_prompt):
+        image = pipe(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=settings["height"],
+            width=settings["width"],
+            generator=torch.Generator().manual_seed(image_seed),
+        ).images[0]
+        paths.append(_write_png(image, settings | {"seed": image_seed}, digests, Path(output_dir)))
+        print(paths[-1])
+    return paths
+
+
+def read_settings(png: str | Path) -> dict:
+    """The settings in a PNG that `generate` wrote: `generate(**read_settings(png))` draws the image again."""
+    import json
+
+    from PIL import Image
+
+    with Image.open(png) as image:
+        if "alignkit" not in image.info:
+            raise ValueError(f"{png} carries no settings of alignkit: it was not written by `alignkit generate`.")
+        return json.loads(image.info["alignkit"])["settings"]
+
+
+COMMANDS: dict[str, Callable | dict] = {
+    "doctor": doctor,
+    "generate": generate,
+    "evaluate": {"world": evaluate.world, "reward": evaluate.reward},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one sub-command. What is wrong with its input is one line on stderr, and exit code 1 (2 for the options)."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="alignkit", version=__version__)
+    _add_commands(parser, COMMANDS)
+    options = parser.parse_args(argv)
+    command = COMMANDS
+    while isinstance(command, dict):
+        name = options.subcommand
+        command, options = command[name], options[name]
+    try:
+        command(**vars(options))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"alignkit {name}: {error}") from error
+
+
+def _add_commands(parser, commands: dict[str, Callable | dict]) -> None:
+    from jsonargparse import ArgumentParser
+
+    subcommands = parser.add_subcommands()
+    for name, command in commands.items():
+        summary = f"{', '.join(command)}." if isinstance(command, dict) else _documentation(command).short_description
+        child = ArgumentParser(description=summary)
+        subcommands.add_subcommand(name, child, help=summary)
+        if isinstance(command, dict):
+            _add_commands(child, command)
+        else:
+            _add_options(child, command)
+
+
+def _add_options(parser, command: Callable) -> None:
+    # jsonargparse takes a list as one value; on a command line one repeats the option.
+    repeatable = {n for n, p in inspect.signature(command).parameters.items() if get_origin(p.annotation) is Sequence}
+    parser.add_function_arguments(command, as_group=False, skip=repeatable)
+    texts = {p.arg_name: p.description for p in _documentation(command).params}
+    for name in sorted(repeatable):
+        parser.add_argument(f"--{name}", action="append", default=[], help=f"{texts[name]} May be repeated.")
+
+
+def _documentation(command: Callable):
+    from docstring_parser import parse
+
+    return parse(command.__doc__)
+
+
+def _add_loras(pipe, specs: Sequence[str]) -> dict[str, str]:
+    """Load every LORA or LORA=WEIGHT; return the SHA-256 of each file by its spec."""
+    from alignkit.artifacts import LORA_WEIGHTS, load_lora, sha256
+
+    weights, digests = {}, {}
+    for i, spec in enumerate(specs):
+        path, weight = _split_weight(spec)
+        load_lora(pipe, path, adapter_name=f"lora_{i}")
+        weights[f"lora_{i}"] = weight
+        digests[spec] = sha256(path / LORA_WEIGHTS if path.is_dir() else path)
+    if weights:
+        pipe.unet.set_adapters(list(weights), list(weights.values()))
+    return digests
+
+
+def _split_weight(spec: str) -> tuple[Path, float]:
+    path, equals, weight = spec.rpartition("=")
+    if not equals or Path(spec).exists():
+        return Path(spec), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        return Path(spec), 1.0
+
+
+def _write_png(image, settings: dict, digests: dict[str, str], folder: Path) -> Path:
+    import hashlib
+    import json
+    import re
+    from importlib.metadata import version
+
+    from PIL.PngImagePlugin import PngInfo
+
+    from alignkit.artifacts import atomic
+
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    record = {"settings": settings, "lora_sha256": digests, "versions": {"alignkit": __version__} | versions}
+    chunk = PngInfo()
+    chunk.add_text("alignkit", json.dumps(record))
+    # The hash keeps images of other settings apart; the same settings overwrite their own image.
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+    words = re.sub(r"\W+", "-", settings["prompt"].lower()).strip("-")[:60]
+    path = folder / f"{words}_seed{settings['seed']}_{digest}.png"
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunk)
+    return path
+
+
+def _installed(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_packages() -> list[str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    print(f"alignkit {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    try:
+        requirements = [Requirement(line) for line in requires("alignkit") or []]
+    except PackageNotFoundError:
+        return ["alignkit itself is not installed, so its requirements are unknown: pip install -e ."]
+    problems = []
+    for need in requirements:
+        if need.name == "alignkit":
+            continue
+        found, optional = _installed(need.name), need.marker is not None
+        print(f"  {need.name:18} {found or 'not installed':16} {need.specifier}" + (" (optional)" if optional else ""))
+        fix = f"pip install '{need.name}{need.specifier}'"
+        if found is None and not optional:
+            problems.append(f"{need.name} is missing: {fix}")
+        elif found is not None and not need.specifier.contains(found, prereleases=True):
+            problems.append(f"{need.name} {found} is outside the tested range: {fix}")
+    torch, torchvision = _installed("torch"), _installed("torchvision")
+    if torch and torchvision and int(torchvision.split(".")[1]) != int(torch.split(".")[1]) + 15:
+        problems.append(f"torchvision {torchvision} was not built for torch {torch}: reinstall the two together")
+    for one, other, consequence in KNOWN_BAD:
+        beside = Requirement(other)
+        found = _installed(beside.name)
+        if _installed(one) and found and beside.specifier.contains(found):
+            problems.append(f"{one} beside {beside.name} {found}: {consequence}")
+    return problems + _pip_check()
+
+
+def _pip_check() -> list[str]:
+    """What the installed packages require of each other and do not get."""
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode else []
+
+
+def _check_machine() -> list[str]:
+    import os
+    import shutil
+
+    import psutil
+
+    memory, disk, gib = psutil.virtual_memory(), shutil.disk_usage("."), 2**30
+    print(
+        f"  CPU {os.cpu_count()} cores, memory {memory.available / gib:.1f} of {memory.total / gib:.1f} GiB free, "
+        f"disk here {disk.free / gib:.1f} GiB free"
+    )
+    try:
+        import torch
+    except Exception as error:  # a torch that does not match its CUDA or torchvision fails in many ways
+        return [f"torch does not import: {error}"]
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        print(f"  cuda:{i} {torch.cuda.get_device_name(i)}, memory {free / gib:.1f} of {total / gib:.1f} GiB free")
+    if torch.backends.mps.is_available():
+        print("  mps")
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        print(f"  no GPU; torch uses {torch.get_num_threads()} CPU threads")
+    return [f"only {disk.free / gib:.1f} GiB of disk free here"] if disk.free < gib else []
+
+
+def _check_world() -> list[str]:
+    from alignkit import emoji
+
+    try:
+        print(f"  emoji world {emoji.resolve('emoji')}")
+    except FileNotFoundError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,169 @@
+"""The loop that trains every part of the emoji world: resumable, seeded by step, with an average of the weights."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WORK_DIR = Path("runs/world")  # optimizer state and logs; the finished weights go to alignkit/emoji/weights
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number i is made from a generator seeded by (seed, i) alone, so a resumed run sees the same scenes."""
+
+    def __init__(self, make_batch: Callable[[np.random.Generator], dict], seed: int, first: int, steps: int):
+        self.make_batch, self.seed, self.first, self.steps = make_batch, seed, first, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __getitem__(self, index: int) -> dict:
+        return self.make_batch(np.random.default_rng((self.seed, self.first + index)))
+
+
+def one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.25) -> float:
+    """Learning-rate factor: up over `warmup` steps, flat, then down to zero over the last `cooldown` share."""
+    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / max(1, cooldown * steps)))
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_fn: Callable[[dict, torch.Generator], tuple[Tensor, dict[str, float]]],
+    make_batch: Callable[[np.random.Generator], dict],
+    save: Callable[[], None],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    weight_decay: float = 1e-2,
+    ema_decay: float = 0.999,
+    save_every: int = 250,
+) -> None:
+    """Train `model` to `steps` and, on the way and at the end, `save()` with its averaged weights in place.
+
+    Run again, it continues from its last checkpoint in runs/world/<name>; with a larger `steps` it trains on.
+    `loss_fn(batch, generator)` returns the loss and what to log; bf16 autocast is on where the CPU or GPU has it.
+    """
+    folder = WORK_DIR / name
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    average = {k: p.detach().clone() for k, p in parameters.items()}
+    first = load_checkpoint(folder, parameters, average, optimizer)
+    print(
+        f"{name}: {sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, step {first} of {steps}",
+        flush=True,
+    )
+    loader = torch.utils.data.DataLoader(
+        Batches(make_batch, seed, first, steps),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=8,
+        worker_init_fn=one_thread,
+    )
+    started = time.monotonic()
+    model.train()
+    for step, batch in enumerate(loader, start=first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * trapezoid(step, steps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, logs = loss_fn(batch, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step} ({logs}); nothing was saved.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        done = step + 1
+        if done % 50 == 0 or done == steps:
+            logs = {
+                "step": done,
+                "loss": loss.item(),
+                **logs,
+                "seconds": round((time.monotonic() - started) / (done - first), 3),
+            }
+            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(logs) + "\n")
+            print(name, logs, flush=True)
+        if done % save_every == 0 or done == steps:
+            save_checkpoint(folder, done, parameters, average, optimizer)
+            with averaged(parameters, average):
+                model.eval()
+                save()
+                model.train()
+
+
+class averaged:
+    """In this block the parameters hold their average."""
+
+    def __init__(self, parameters: dict[str, Tensor], average: dict[str, Tensor]):
+        self.parameters, self.average = parameters, average
+
+    def swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *_: object) -> None:
+        self.swap()
+
+
+def save_checkpoint(folder: Path, step: int, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Write one file and rename it into place."""
+    state = {f"parameter.{k}": p.detach() for k, p in parameters.items()} | {
+        f"average.{k}": a for k, a in average.items()
+    }
+    for key, parameter in parameters.items():
+        state |= {f"optimizer.{key}.{slot}": value for slot, value in optimizer.state[parameter].items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "checkpoint.tmp", metadata={"step": str(step)})
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.safetensors")
+
+
+def load_checkpoint(folder: Path, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+    """Restore in place; the number of steps done, 0 where there is no checkpoint."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    state = load_file(path)
+    for key, parameter in parameters.items():
+        parameter.data.copy_(state[f"parameter.{key}"])
+        average[key].copy_(state[f"average.{key}"])
+        prefix = f"optimizer.{key}."
+        optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def halves(model: nn.Module) -> nn.Module:
+    """A copy in fp16, as the weights are shipped."""
+    import copy
+
+    return copy.deepcopy(model).half()
+
+
+def log_lines(name: str) -> Iterator[dict]:
+    """What a finished or running training has logged."""
+    with open(WORK_DIR / name / "log.jsonl", encoding="utf-8") as file:
+        yield from map(json.loads, file)

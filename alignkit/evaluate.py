@@ -1,0 +1,150 @@
+"""`alignkit evaluate ...`: figures by the evaluator, never by what was optimised."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from alignkit.emoji import WEIGHTS_DIR
+
+FIGURES = WEIGHTS_DIR / "figures.json"
+
+
+def world(
+    what: Literal["all", "judges", "base"] = "all", guidance_scale: float = 5.0, most: int = 1000, save: bool = False
+) -> dict:
+    """Measure how good the emoji world is, the figures of its card (some minutes).
+
+    Args:
+        what: The judges on real scenes, the base by the evaluator, or both.
+        guidance_scale: Of the base's sampling, 25 DDIM steps.
+        most: Prompts of each kind at most; all that are held out unless told.
+        save: Write the figures beside the weights, where the card and the tests read them.
+    """
+    from alignkit.base import load_base
+    from alignkit.emoji import measure
+    from alignkit.emoji.evaluator import Evaluator
+
+    evaluator, figures = Evaluator(), {}
+    base = load_base("emoji")
+    if what in ("all", "judges"):
+        figures |= measure.measure_judges(evaluator) | measure.measure_vae(base, evaluator)
+    if what in ("all", "base"):
+        figures |= measure.measure_base(base, evaluator, guidance_scale=guidance_scale, most=most)
+    figures = {name: round(value, 4) for name, value in figures.items()}
+    for name, value in figures.items():
+        print(f"{name:40} {value:.3f}" if isinstance(value, float) else f"{name:40} {value}")
+    if save:
+        FIGURES.write_text(
+            json.dumps({"world_hash": measure.world_hash(), **figures}, indent=1) + "\n", encoding="utf-8"
+        )
+    return figures
+
+
+PROMPT_SETS = ("singles", "pairs", "counts", "three")
+
+
+def reward(
+    lora: Sequence[str] = (),
+    prompts: Literal["singles", "pairs", "counts", "three"] = "singles",
+    trained_prompts: bool = False,
+    number: int = 300,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 5.0,
+    seed: int = 0,
+    results: str | None = None,
+) -> list[dict]:
+    """Compare LoRAs with the base on the same prompts and the same noise, by the evaluator.
+
+    Args:
+        lora: Folder of a trained LoRA.
+        prompts: Which prompts of the emoji world; "three" is "exactly three ...".
+        trained_prompts: Take the combinations that the base has seen, not the held-out ones.
+        number: How many images; prompts are repeated with other noise where there are fewer.
+        num_inference_steps: DDIM steps.
+        guidance_scale: Of classifier-free guidance.
+        seed: Of the noise: image i starts from seed + i.
+        results: JSONL file to append one line per LoRA to.
+    """
+    from alignkit.artifacts import load_lora
+    from alignkit.base import load_base
+    from alignkit.emoji import measure
+    from alignkit.emoji.evaluator import Evaluator
+
+    asked = prompt_set(prompts, unseen=not trained_prompts)
+    asked = [asked[i % len(asked)] for i in range(number)]
+    settings = {"seed": seed, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    evaluator, rows, reference = Evaluator(), [], None
+    for name in ("base", *lora):
+        base = load_base("emoji")
+        if name != "base":
+            load_lora(base.unet, name)
+        images = measure.draw(base, [p.prompt for p in asked], **settings)
+        scores = score(evaluator, prompts, asked, images)
+        reference = reference or scores
+        row = {
+            "model": name, "prompts": prompts, "held_out": not trained_prompts, "number": number, **settings,
+            "world_hash": measure.world_hash(), **summary(scores, reference),
+        }  # fmt: skip
+        rows.append(row)
+        print(json.dumps(row, indent=1))
+        if results and name != "base":
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"base": rows[0], "lora": row}) + "\n")
+    return rows
+
+
+def prompt_set(name: str, unseen: bool) -> list:
+    from alignkit.emoji import prompts
+
+    if name == "three":
+        return prompts.exactly(3, unseen=unseen)
+    return {"singles": prompts.singles, "pairs": prompts.pairs, "counts": prompts.counts}[name](unseen=unseen)
+
+
+def score(evaluator, kind: str, asked: list, images) -> dict:
+    """Per-image answers, tensors [B]."""
+    import torch
+
+    from alignkit.emoji import sprites
+    from alignkit.emoji.evaluator import matched_counts
+    from alignkit.emoji.measure import in_batches
+
+    counts = in_batches(evaluator.counts, images)
+    index = torch.tensor([[sprites.by_name(n).index for n in p.objects] for p in asked])
+    embeds = in_batches(evaluator.embed_images, images)
+    answers = {
+        "aesthetic": in_batches(evaluator.aesthetic, images),
+        "present": (counts.gather(1, index) > 0.5).all(1).float(),
+        "alignment": (embeds * evaluator.embed_texts([p.prompt for p in asked])).sum(-1),
+        "background": torch.tensor(
+            [float(b == p.background) for b, p in zip(evaluator.background(images), asked, strict=True)]
+        ),
+        # distance of each image's embedding from the mean of all, a monitor of collapse
+        "spread": (embeds - embeds.mean(0)).norm(dim=-1),
+    }
+    if kind in ("counts", "three"):
+        numbers = [p.count for p in asked]
+        answers["exact"] = evaluator.exact(images, [p.objects[0] for p in asked], numbers).float()
+        matched = [len(m) == n for m, n in zip(matched_counts(images), numbers, strict=True)]
+        answers["exact_matching"] = torch.tensor(matched).float()
+    return answers
+
+
+def summary(scores: dict, reference: dict) -> dict:
+    """Means, and what the aesthetic score gained in standard deviations of the reference."""
+    means = {name: round(float(values.mean()), 4) for name, values in scores.items()}
+    gained = (scores["aesthetic"] - reference["aesthetic"]).mean() / reference["aesthetic"].std()
+    kept = scores["present"].mean() / reference["present"].mean().clamp(min=1e-6)
+    return means | {"aesthetic_gain_sd": round(float(gained), 3), "present_kept": round(float(kept), 4)}
+
+
+def table(results: str | Path) -> str:
+    """Markdown table of a results file, one line a cell."""
+    lines = [json.loads(line) for line in Path(results).read_text(encoding="utf-8").splitlines()]
+    keys = ["aesthetic_gain_sd", "present", "present_kept", "alignment", "exact", "exact_matching", "background"]
+    rows = ["| LoRA | prompts | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
+    for cell in lines:
+        values = [f"{cell['base'].get(k, '')} → {cell['lora'].get(k, '')}" for k in keys]
+        rows.append(f"| {Path(cell['lora']['model']).name} | {cell['lora']['prompts']} | " + " | ".join(values) + " |")
+    return "\n".join(rows)

@@ -1,0 +1,55 @@
+"""Absence of a named object, by a segmenter."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import SegformerForSemanticSegmentation
+
+from alignkit.emoji import resolve
+from alignkit.rewards.clip import LOADING, image_statistics
+from alignkit.rewards.reward import Reward, column, frozen
+
+
+class Absence(Reward):
+    """Log odds against an object: minus the log of its odds p / (1 - p), averaged over the pixels.
+
+    Positive when the object is absent, 0 when the average odds are even. It is computed from the logits, without a
+    threshold and without saturation, so that an image in which nothing is found has a gradient, too. It has no upper
+    limit: the loss `hinge` with a target of 5 or so (odds of 1 to 150) stops pushing when the object is gone.
+
+    Args:
+        model: a folder or Hub name of a `transformers.SegformerForSemanticSegmentation`.
+        object: a label of its config, where the prompt file has no column `object`.
+    """
+
+    def __init__(self, model: str = "emoji/training/segmenter", object: str | None = None):
+        super().__init__()
+        path = resolve(model)
+        self.segmenter = frozen(SegformerForSemanticSegmentation.from_pretrained(path, **LOADING))
+        mean, std = image_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.object = object
+        if object is not None:
+            self.label(object)
+
+    def label(self, name: str) -> int:
+        """The label's number, or a ValueError that names the nearest labels."""
+        labels = {label.lower(): int(number) for number, label in self.segmenter.config.id2label.items()}
+        if name.lower() not in labels:
+            nearest = difflib.get_close_matches(name.lower(), labels, cutoff=0) or sorted(labels)
+            raise ValueError(f"expected an object that the segmenter knows, got {name!r}: nearest are {nearest}.")
+        return labels[name.lower()]
+
+    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        labels = [self.label(name) for name in column(columns, "object", self.object, prompts)]
+        pixels = ((images - self.mean) / self.std).to(self.segmenter.dtype)
+        logits = self.segmenter(pixel_values=pixels).logits  # [B,C,h,w]
+        named = F.one_hot(torch.tensor(labels, device=logits.device), logits.shape[1]).bool()[:, :, None, None]
+        log_odds = logits.masked_fill(~named, 0).sum(1) - logits.masked_fill(named, -torch.inf).logsumexp(1)  # [B,h,w]
+        return math.log(log_odds[0].numel()) - log_odds.flatten(1).logsumexp(1)

@@ -1,0 +1,67 @@
+"""Aesthetic score: a head on CLIP's image embedding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from alignkit.emoji import resolve
+from alignkit.emoji.judges import AestheticHead
+from alignkit.rewards.clip import ClipEncoder
+from alignkit.rewards.reward import Reward, frozen
+
+
+class Aesthetic(Reward):
+    """Head on the L2-normalised CLIP image embedding, as LAION's improved aesthetic predictor (Schuhmann 2022).
+
+    Args:
+        clip: a folder or Hub name of the `transformers.CLIPModel` that the head was trained on.
+        head: a folder of `alignkit.emoji.judges.AestheticHead`, or a `.safetensors` file of LAION's predictor.
+    """
+
+    def __init__(self, clip: str = "emoji/training/clip", head: str = "emoji/training/aesthetic"):
+        super().__init__()
+        self.encoder = ClipEncoder(resolve(clip))
+        self.resolution = self.encoder.resolution
+        self.head, embedding_dim = load_head(resolve(head))
+        if embedding_dim != self.encoder.embedding_dim:
+            raise ValueError(
+                f"expected a head for embeddings of {self.encoder.embedding_dim} numbers ({clip}), got one for "
+                f"{embedding_dim} ({head}): name the CLIP that the head was trained on."
+            )
+
+    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        return self.head(self.encoder.embed_images(images)).reshape(-1)
+
+
+def load_head(path: str) -> tuple[nn.Module, int]:
+    """The frozen head [B,D] -> [B] or [B,1], and its D.
+
+    Raises:
+        ValueError: a pickle, or a file that holds no head.
+    """
+    if path.endswith((".pth", ".pt", ".bin", ".ckpt")):
+        raise ValueError(f"expected a folder or .safetensors file, got the pickle {path}; docs/rewards.md converts it.")
+    if path.endswith(".safetensors"):
+        head = collapse(load_file(path))
+        return frozen(head), head.in_features
+    head = AestheticHead.from_pretrained(path)
+    return frozen(head), head.embedding_dim
+
+
+def collapse(state_dict: dict[str, Tensor]) -> nn.Linear:
+    """LAION's MLP (`layers.<n>.weight` and `.bias`) as the one affine map it is: it has dropout, but no activations."""
+    if "layers.0.weight" not in state_dict:
+        raise ValueError(f"expected layers.0.weight, ... as in LAION's head, got {', '.join(state_dict)}.")
+    numbers = sorted(int(key.split(".")[1]) for key in state_dict if key.endswith(".weight"))
+    embedding_dim = state_dict["layers.0.weight"].shape[1]
+    weight, bias = torch.eye(embedding_dim), torch.zeros(embedding_dim)
+    for number in numbers:
+        layer = state_dict[f"layers.{number}.weight"].float()
+        bias = layer @ bias + state_dict[f"layers.{number}.bias"].float()
+        weight = layer @ weight
+    head = nn.Linear(embedding_dim, 1)
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head

@@ -1,0 +1,537 @@
+"""Run: everything about a training that a paper would not mention. The only file that knows accelerate.
+
+    run = Run(cfg, "alignprop")
+    run.prepare(params)                             # AdamW, EMA; resumes the newest checkpoint of cfg.output_dir
+    for step in run.steps():
+        for indices in run.micro_batches(step):     # global sample indices: this process's share of the global batch
+            run.backward(loss(indices))             # one loss per sample [b]
+        grad_norm = run.update()
+        run.log(step, grad_norm=grad_norm)
+    run.finish()
+
+The loop stays in the method's file; these are its verbs. Randomness comes from (seed, step, sample index) alone, never
+from a process's rank or an accumulation index: so a resumed run equals an uninterrupted one (bit for bit on the CPU),
+and several processes equal one on the same global batch.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from alignkit import config
+from alignkit.artifacts import (
+    atomic,
+    load_json,
+    load_tensors,
+    read_events,
+    remove,
+    save_json,
+    save_tensors,
+    sha256,
+)
+from alignkit.config import RunConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one output_dir go unnoticed there
+    fcntl = None
+
+DRY_RUN_STEPS = 2  # the first warms up, the second is measured
+MIN_LOSS_SCALE = 2.0**-10  # fp16: a scale that falls below this is not going to recover
+
+
+def lr_factor(step: int, lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> float:
+    """What the peak learning rate is multiplied by at update `step` (0-based), as in `diffusers.optimization`.
+
+    "constant" has no warm-up; the others rise linearly from 0 over `lr_warmup_steps`, then stay
+    ("constant_with_warmup"), fall linearly to 0 ("linear"), or by half a cosine ("cosine").
+    """
+    if lr_scheduler == "constant":
+        return 1.0
+    if step < lr_warmup_steps:
+        return step / lr_warmup_steps
+    progress = min(1.0, (step - lr_warmup_steps) / max(1, max_train_steps - lr_warmup_steps))
+    return {
+        "constant_with_warmup": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[lr_scheduler]
+
+
+class Run:
+    """One training run in one folder, on one process or several (`torchrun`, `accelerate launch`).
+
+    Attributes: device; weight_dtype (for the frozen parts); is_main; num_processes; global_batch (images per update,
+    over all processes); position (updates done so far).
+
+    Raises ValueError when `cfg.output_dir` holds a run with another config, naming the fields, or a damaged
+    checkpoint; BlockingIOError when another process is training there.
+    """
+
+    def __init__(self, cfg: RunConfig, name: str = "alignkit"):
+        self.cfg, self.name = cfg, name
+        self.output_dir = Path(cfg.output_dir)
+        self._events = self.output_dir / "events.jsonl"
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # frozen parts are cast to weight_dtype, trained ones are float32: no autocast
+            log_with=None if cfg.report_to == "none" or cfg.dry_run else cfg.report_to,
+            project_dir=self.output_dir,
+        )
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.num_processes = self.accelerator.num_processes
+        self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
+        self.global_batch = cfg.train_batch_size * cfg.gradient_accumulation_steps * self.num_processes
+        self.position = 0
+        self._writes = self.is_main and not cfg.dry_run
+        self._signal = 0
+        set_seed(cfg.seed)
+
+        checkpoints = [] if cfg.dry_run else self._checkpoints()
+        self._saved = self._read(checkpoints[-1]) if checkpoints else None  # here, to fail before any work
+        self.accelerator.wait_for_everyone()  # every process has read before the first one writes
+        if self.is_main:
+            print(config.to_yaml(cfg), end="", flush=True)
+        if self._writes:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock_output_dir()
+            for leftover in self.output_dir.glob(".tmp-*"):  # of a process that was killed while writing
+                remove(leftover)
+            with atomic(self.output_dir / "config.yaml") as temporary:
+                config.save(cfg, temporary)
+            if cfg.report_to != "none" and not self.accelerator.log_with:
+                print(f"report_to: {cfg.report_to} is not installed; going on with events.jsonl alone", flush=True)
+
+    # Setting up
+
+    def prepare(self, params: Mapping[str, nn.Parameter], extra_state: MutableMapping[str, Any] | None = None) -> None:
+        """Makes AdamW (and EMA) over the named float32 parameters, and restores the newest checkpoint, if any.
+
+        `extra_state` is the method's own state, in JSON types: saved with each checkpoint, updated in place here.
+        """
+        cfg = self.cfg
+        wrong = [n for n, p in params.items() if p.dtype != torch.float32 or not p.requires_grad]
+        if wrong or not params:
+            raise ValueError(f"expected parameters in float32 that require a gradient, got {wrong or 'none at all'}")
+        self.params = dict(params)
+        self.extra_state = {} if extra_state is None else extra_state
+        for parameter in self.params.values():
+            parameter.grad = torch.zeros_like(parameter)  # never None: each process then reduces the same buffer
+            if self.num_processes > 1:
+                parameter.data.copy_(broadcast(parameter.data))
+        self.optimizer = torch.optim.AdamW(
+            list(self.params.values()),
+            lr=cfg.learning_rate,
+            betas=(cfg.adam_beta1, cfg.adam_beta2),
+            eps=cfg.adam_epsilon,
+            weight_decay=cfg.adam_weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.mixed_precision == "fp16")
+        self.ema = {n: p.detach().clone() for n, p in self.params.items()} if cfg.use_ema else {}
+
+        if self._saved:
+            self._restore(*self._saved)
+        if self._writes:
+            self._open_logs()
+        self._event(
+            "start",
+            self.position,
+            name=self.name,
+            max_train_steps=cfg.max_train_steps,
+            global_batch=self.global_batch,
+            num_processes=self.num_processes,
+            trained_parameters=sum(p.numel() for p in self.params.values()),
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first. Each is complete, since it got its name only when it was."""
+        found = [path for path in self.output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        free = config.free_fields(self.cfg)
+        fields = {name: value for name, value in config.to_dict(self.cfg).items() if name not in free}
+        return fields | {"global_batch": self.global_batch}
+
+    def _refuse_other_config(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        changed = config.differences(saved, self._identity())
+        there, now = changed.get("max_train_steps", (0, 0))
+        if there < now:  # a run may be prolonged
+            del changed["max_train_steps"]
+        if changed:
+            lines = "".join(f"\n  {key}: {there} there, {now} now" for key, (there, now) in changed.items())
+            raise ValueError(
+                f"{self.output_dir} holds a run ({checkpoint.name}) with another config:{lines}\n"
+                "Resume it with its own values, or choose another output_dir."
+            )
+
+    def _lock_output_dir(self) -> None:
+        self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT)  # held until the process ends
+        if fcntl:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                message = f"another process is training in {self.output_dir}: wait for it or stop it"
+                raise BlockingIOError(error.errno, message) from error
+
+    def _open_logs(self) -> None:
+        """Starts events.jsonl and the tracker; what a killed run logged after its last checkpoint is done again."""
+        kept = [json.dumps(event) + "\n" for event in read_events(self._events) if event["step"] < self.position]
+        with atomic(self._events) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+        self.accelerator.init_trackers(
+            self.name,
+            init_kwargs={
+                "tensorboard": {"purge_step": self.position},
+                "wandb": {"config": config.to_dict(self.cfg)},
+            },
+        )
+
+    # The loop
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, 0-based. Checkpoints between them; SIGINT and SIGTERM save and exit (130, 143)."""
+        end = min(DRY_RUN_STEPS, self.cfg.max_train_steps) if self.cfg.dry_run else self.cfg.max_train_steps
+        bar = tqdm(initial=self.position, total=end, desc=self.name, disable=not self.is_main, dynamic_ncols=True)
+        self._bar, self._logged = bar, (self.position - 1, time.perf_counter())
+        with bar, self._signals():
+            for step in range(self.position, end):
+                self._updated, self._indices = False, []
+                self._seed(step)
+                self._started = time.perf_counter()
+                yield step
+                if not self._updated:
+                    raise RuntimeError(f"step {step} ended without run.update()")
+                self.position = step + 1
+                bar.update()
+                stopped_by = int(self.gather(torch.tensor([self._signal], device=self.device)).max())
+                if not self.cfg.dry_run and (stopped_by or self.every(self.cfg.checkpointing_steps, step)):
+                    self._save()
+                if stopped_by:
+                    self._stop(stopped_by)
+        if self.cfg.dry_run:
+            self._report_dry_run()
+
+    def micro_batches(self, step: int) -> Iterator[list[int]]:
+        """Global sample indices of this process's micro-batches.
+
+        Step `s` covers [s * global_batch, (s + 1) * global_batch), cut contiguously by process, then by accumulation.
+        """
+        size, count = self.cfg.train_batch_size, self.cfg.gradient_accumulation_steps
+        first = step * self.global_batch + self.accelerator.process_index * size * count
+        for start in range(first, first + size * count, size):
+            self._indices = list(range(start, start + size))
+            self._seed(step, start)  # for what draws from the global generators, such as dropout
+            yield self._indices
+
+    def backward(self, loss: Tensor, **parts: Tensor) -> None:
+        """Adds the gradient of sum(loss) / global_batch. `loss` [b]: one per sample of the current micro-batch.
+
+        FloatingPointError when it is not finite, naming the step, the samples and the `parts` [b]; nothing is saved.
+        """
+        if loss.shape != (len(self._indices),):
+            raise ValueError(f"expected one loss per sample, [{len(self._indices)}], got {list(loss.shape)}")
+        bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
+        if bad:
+            values = {"loss": loss, **parts}
+            table = "".join(f"\n  {name}: {tensor.detach().tolist()}" for name, tensor in values.items())
+            self._fail(
+                f"the loss is not finite at step {self.position}, samples {[self._indices[i] for i in bad]} "
+                f"of {self._indices}:{table}"
+            )
+        self.scaler.scale(loss.float().sum() / self.global_batch).backward()
+
+    def update(self) -> float:
+        """Sums the gradients over processes, clips, takes one AdamW step, updates the EMA, clears the gradients.
+
+        Returns the gradient's norm before clipping. A norm that is not finite skips the update in fp16, where the loss
+        scale was too high, and raises FloatingPointError otherwise.
+        """
+        if self._updated:
+            raise RuntimeError(f"a second run.update() in step {self.position}: it belongs after the micro-batches")
+        cfg, params = self.cfg, list(self.params.values())
+        if self.num_processes > 1:
+            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in params]), "sum")
+            for parameter, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+                parameter.grad.copy_(grad.view_as(parameter))
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = float(nn.utils.clip_grad_norm_(params, cfg.max_grad_norm))
+        finite = math.isfinite(grad_norm)
+        if not finite and not self.scaler.is_enabled():
+            self._fail(f"the gradient is not finite at step {self.position} (norm {grad_norm}), though the loss was")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if not finite:
+            self._event("skipped", self.position, loss_scale=self.scaler.get_scale())
+            if self.scaler.get_scale() < MIN_LOSS_SCALE:
+                self._fail(f"fp16 gradients still overflow at step {self.position}, at the lowest loss scale: try bf16")
+        elif self.ema:
+            decay = min(cfg.ema_decay, (1 + self.position) / (10 + self.position))
+            for name, average in self.ema.items():
+                average.lerp_(self.params[name].detach(), 1 - decay)
+        self.optimizer.zero_grad(set_to_none=False)
+        self._updated = True
+        self._updated_at = time.perf_counter()
+        return grad_norm
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the current step."""
+        cfg = self.cfg
+        factor = lr_factor(self.position, cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
+        return cfg.learning_rate * factor
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters hold their EMA (if there is one); afterwards they are back, bit for bit."""
+        trained = {name: parameter.detach().clone() for name, parameter in self.params.items()} if self.ema else {}
+        self._set_params(self.ema)
+        try:
+            yield
+        finally:
+            self._set_params(trained)
+
+    @torch.no_grad()
+    def _set_params(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.params[name].copy_(value)
+
+    def every(self, n: int, step: int) -> bool:
+        """True at the end of every `n` steps, at the last step, and always in a dry run; never if n = 0."""
+        return n > 0 and ((step + 1) % n == 0 or step + 1 == self.cfg.max_train_steps or self.cfg.dry_run)
+
+    def generator(self, step: int, index: int | None = None, tag: str = "") -> torch.Generator:
+        """A CPU generator seeded by (seed, step, index, tag), so that each use of randomness has its own stream."""
+        return torch.Generator().manual_seed(self._hash(step, index, tag))
+
+    def _hash(self, *key: Any) -> int:
+        digest = hashlib.sha256(json.dumps([self.cfg.seed, *key]).encode()).digest()
+        return int.from_bytes(digest[:4], "little")  # 32 bits: what numpy, and torch's generator on the CPU, can use
+
+    def _seed(self, *key: Any) -> None:
+        set_seed(self._hash("global", *key))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[n, ...] of each process -> [num_processes * n, ...], in the order of the processes, on all of them."""
+        return self.accelerator.gather(tensor)
+
+    # Showing
+
+    def log(self, step: int, **scalars: float | Tensor) -> None:
+        """Writes the mean of each value (over its elements, then over processes) to events.jsonl and the tracker.
+
+        Every logging_steps, and where a validation is due; with the learning rate, images per second and memory.
+        Call it on every process, several times in a step if need be.
+        """
+        if not (self.every(self.cfg.logging_steps, step) or self.every(self.cfg.validation_steps, step)):
+            return
+        means = [torch.as_tensor(x, dtype=torch.float64, device="cpu").detach().mean() for x in scalars.values()]
+        if self.num_processes > 1:
+            means = self.accelerator.reduce(torch.stack(means).to(self.device), "mean")
+        values = dict(zip(scalars, map(float, means), strict=True))
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+        last, since = self._logged
+        if step > last:
+            now = time.perf_counter()
+            self._logged = (step, now)
+            values |= {
+                "learning_rate": self.learning_rate,
+                "images_per_second": (step - last) * self.global_batch / (now - since),
+                "memory_gib": self._memory(),
+            }
+        self._event("scalars", step, **{k: v if math.isfinite(v) else None for k, v in values.items()})
+        self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
+
+    def show(self, step: int, name: str, images: Tensor, captions: Sequence[str] | None = None) -> None:
+        """Writes images [N, 3, H, W] in [0, 1] of the main process as a grid, samples/<step>_<name>.png."""
+        if images.ndim != 4 or images.shape[1] != 3 or not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"expected images [N, 3, H, W] in [0, 1], got {list(images.shape)} "
+                             f"in [{images.min():.3g}, {images.max():.3g}]")
+        if not self._writes:
+            return
+        array = (images.detach().float().permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+        columns = math.ceil(math.sqrt(len(array)))
+        rows = math.ceil(len(array) / columns)
+        pictures = [Image.fromarray(picture) for picture in array]
+        blank = Image.new("RGB", pictures[0].size, "white")
+        path = self.output_dir / "samples" / f"{step:06d}_{name}.png"
+        with atomic(path) as temporary:
+            make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows, columns).save(temporary, "PNG")
+        self._event(
+            "images",
+            step,
+            name=name,
+            path=path.relative_to(self.output_dir).as_posix(),
+            columns=columns,
+            captions=list(captions or []),
+        )
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: array}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: pictures}, step=step)
+
+    def _memory(self) -> float:
+        """GiB: the peak on a GPU, what the process holds now on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return psutil.Process().memory_info().rss / 2**30
+
+    def _event(self, kind: str, step: int, **fields: Any) -> None:
+        if self._writes:
+            with open(self._events, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"type": kind, "step": step, "time": time.time(), **fields}) + "\n")
+
+    # Saving and ending
+
+    def _save(self) -> None:
+        """Publishes checkpoint-<position>, then deletes the oldest ones. Written by the main process alone."""
+        path = self.output_dir / f"checkpoint-{self.position}"
+        if self.is_main:
+            moments = {
+                f"{name}/{key}": tensor
+                for name, parameter in self.params.items()
+                for key, tensor in self.optimizer.state[parameter].items()
+            }
+            with atomic(path) as temporary:
+                temporary.mkdir()
+                for file, tensors in (("trainable", self.params), ("ema", self.ema), ("optimizer", moments)):
+                    save_tensors(tensors, temporary / f"{file}.safetensors")
+                state = {
+                    "step": self.position,
+                    "config": self._identity(),
+                    "scaler": self.scaler.state_dict(),
+                    "extra_state": dict(self.extra_state),
+                    "sha256": {file.name: sha256(file) for file in temporary.glob("*.safetensors")},
+                }
+                save_json(state, temporary / "state.json")
+            self._event("checkpoint", self.position - 1, path=path.name)
+            if self.cfg.checkpoints_total_limit:
+                for old in self._checkpoints()[: -self.cfg.checkpoints_total_limit]:
+                    remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def _read(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Its state.json and its tensors by file. ValueError when damaged, or of a run with another config."""
+        try:
+            state, tensors = load_json(checkpoint / "state.json"), {}
+            for file, digest in state["sha256"].items():
+                tensors[file.removesuffix(".safetensors")] = load_tensors(checkpoint / file)
+                if sha256(checkpoint / file) != digest:
+                    raise ValueError(f"{checkpoint / file} is damaged: its checksum is not the one in state.json")
+        except ValueError as error:
+            raise ValueError(f"{error}\nRemove {checkpoint} to resume from the checkpoint before it.") from error
+        self._refuse_other_config(checkpoint, state["config"])
+        return state, tensors
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        there = {name: list(tensor.shape) for name, tensor in tensors["trainable"].items()}
+        differing = config.differences(there, {name: list(p.shape) for name, p in self.params.items()})
+        if differing:
+            name, (there, now) = next(iter(differing.items()))
+            raise ValueError(
+                f"{self.output_dir} holds a run that trains other parameters: {len(differing)} differ, "
+                f"such as {name}: {there} there, {now} now"
+            )
+        self._set_params(tensors["trainable"])
+        for name, average in self.ema.items():
+            average.copy_(tensors["ema"][name])
+        for key, tensor in tensors["optimizer"].items():
+            name, _, moment = key.rpartition("/")
+            # AdamW keeps its step count on the CPU; the clone owns its memory instead of mapping the file.
+            device = "cpu" if moment == "step" else self.params[name].device
+            self.optimizer.state[self.params[name]][moment] = tensor.clone().to(device)
+        self.scaler.load_state_dict(state["scaler"])
+        self.extra_state.update(state["extra_state"])
+        self.position = state["step"]
+        if self.is_main:
+            print(f"resuming {self.output_dir} at step {self.position}", flush=True)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step; a second Ctrl-C interrupts at once."""
+        first = None
+
+        def note(number, frame):
+            nonlocal first
+            # torchrun may pass on a Ctrl-C that the terminal has sent already: a human's second one comes later.
+            if first and number == signal.SIGINT and time.monotonic() - first > 1:
+                raise KeyboardInterrupt
+            if not first and self.is_main:
+                print("\nstopping after this step (Ctrl-C again stops at once)", file=sys.stderr, flush=True)
+            first = first or time.monotonic()
+            self._signal = number
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are not ours to handle
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int) -> None:
+        self._event("stop", self.position - 1, signal=number)
+        if self.is_main and not self.cfg.dry_run:
+            print(
+                f"stopped after {self.position} of {self.cfg.max_train_steps} steps and saved "
+                f"{self.output_dir / f'checkpoint-{self.position}'}. Run the same command again to resume.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._close()
+        raise SystemExit(128 + number)
+
+    def _fail(self, message: str) -> NoReturn:
+        newest = [path.name for path in self._checkpoints()[-1:]] or ["there is none yet"]
+        message += f"\nNothing of this step was saved; newest checkpoint: {newest[0]}."
+        self._event("error", self.position, message=message)
+        raise FloatingPointError(message)
+
+    def _report_dry_run(self) -> None:
+        cfg = self.cfg
+        update = self._updated_at - self._started
+        validation = time.perf_counter() - self._updated_at if cfg.validation_steps else 0.0
+        hours = cfg.max_train_steps * (update + validation / max(1, cfg.validation_steps)) / 3600
+        if self.is_main:
+            print(
+                f"dry run: {update:.2f} s a step, {validation:.2f} s a validation, {hours:.2f} h for "
+                f"{cfg.max_train_steps} steps; {self._memory():.2f} GiB of memory; "
+                f"{sum(p.numel() for p in self.params.values()):,} trained numbers. Nothing was written.",
+                flush=True,
+            )
+        self._close()
+        raise SystemExit(0)
+
+    def finish(self) -> None:
+        """Ends the run: closes the logs and leaves the process group."""
+        self._event("finish", self.position - 1)
+        self._close()
+
+    def _close(self) -> None:
+        if self._writes:
+            os.close(self._lock)
+        self.accelerator.end_training()

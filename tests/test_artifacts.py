@@ -1,0 +1,308 @@
+import errno
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from huggingface_hub import ModelCard
+from peft import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from alignkit.artifacts import (
+    LORA_WEIGHTS,
+    atomic,
+    load_json,
+    load_lora,
+    load_tensors,
+    plot_curves,
+    read_events,
+    read_metadata,
+    remove,
+    save_json,
+    save_lora,
+    save_tensors,
+    write_card,
+)
+from alignkit.base import add_lora, load_base
+
+
+@pytest.fixture
+def base():
+    """Stable Diffusion 1.5 at a fortieth of its widths, the same weights each time."""
+    return load_base("sd15", random_init=True, shrink=40)
+
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def forward(unet):
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    width = unet.config.cross_attention_dim
+    context = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return unet(x, torch.tensor([10, 500]), context).sample
+
+
+def train_lora(base, rank=4, alpha=8.0, targets=TARGETS):
+    """A LoRA with alpha twice its rank and up-projections that are not zero."""
+    params = add_lora(base.unet, rank, alpha, targets)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in params.items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return base
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """The file of a trained LoRA and what its U-Net predicts; the base's own prediction differs."""
+    plain = forward(base.unet)
+    unet = train_lora(base).unet
+    assert (forward(unet) - plain).abs().max() > 1e-2
+    return save_lora(tmp_path / "lora", unet, metadata={"base_model": "sd15"}), forward(unet), plain
+
+
+def fresh_pipe():
+    return load_base("sd15", random_init=True, shrink=40).pipeline()
+
+
+def stock_folder(pipe, path):
+    pipe.load_lora_weights(path.parent)
+
+
+def stock_state_dict(pipe, path):
+    pipe.load_lora_weights(load_file(path))
+
+
+def ours(pipe, path):
+    load_lora(pipe, path.parent)
+
+
+def ours_on_the_unet(pipe, path):
+    load_lora(pipe.unet, path)
+
+
+@pytest.mark.parametrize("load", [stock_folder, stock_state_dict, ours, ours_on_the_unet])
+def test_every_reader_gets_the_same_unet(saved, load):
+    """Alpha is twice the rank: a reader that took another alpha would be off by half of the LoRA's effect."""
+    path, expected, plain = saved
+    pipe = fresh_pipe()
+    assert isinstance(pipe, StableDiffusionPipeline)
+    load(pipe, path)
+    torch.testing.assert_close(forward(pipe.unet), expected, rtol=0, atol=1e-6)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(forward(pipe.unet), plain, rtol=0, atol=0)
+
+
+def test_classic_names_and_metadata(saved):
+    weights = load_file(saved[0])
+    assert all(key.startswith("unet.") and key.endswith(("lora.down.weight", "lora.up.weight")) for key in weights)
+    assert len(weights) == 2 * 16 * 2 * 4  # 16 transformers x 2 attentions x 4 projections, down and up
+    assert read_metadata(saved[0]) == {"format": "pt", "base_model": "sd15"}
+
+
+def test_weight_scales_the_update(saved):
+    """Half of the update B A: the same as a LoRA of half alpha."""
+    path, _, _ = saved
+    pipe = fresh_pipe()
+    load_lora(pipe, path, "a", weight=0.5)
+    half = train_lora(load_base("sd15", random_init=True, shrink=40), alpha=4.0)
+    torch.testing.assert_close(forward(pipe.unet), forward(half.unet), rtol=0, atol=1e-6)
+    assert pipe.get_active_adapters() == ["a"]
+    load_lora(pipe, path, "b")
+    assert pipe.get_active_adapters() == ["b"]
+    with pytest.raises(ValueError, match="adapter 'a' is already loaded"):
+        load_lora(pipe, path, "a")
+
+
+def test_alpha_of_a_stock_file_is_kept(base, tmp_path):
+    """diffusers' own scripts leave alpha to the header: it must not get lost."""
+    unet = train_lora(base).unet
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    pipe = fresh_pipe()
+    load_lora(pipe, tmp_path)
+    torch.testing.assert_close(forward(pipe.unet), forward(unet), rtol=0, atol=1e-6)
+
+
+def test_alpha_of_a_kohya_file_is_kept(saved, tmp_path):
+    """There `alpha` is a tensor beside the factors, which are divided by alpha / rank = 3 here."""
+    path, expected, _ = saved
+    weights = {}
+    for key, tensor in load_file(path).items():
+        name, _, part = key.removeprefix("unet.").removesuffix(".weight").rpartition(".lora.")
+        name = "lora_unet_" + name.replace(".", "_")
+        weights[f"{name}.lora_{part}.weight"] = tensor / 3 if part == "up" else tensor
+        weights[f"{name}.alpha"] = torch.tensor(12.0)
+    save_file(weights, tmp_path / "kohya.safetensors")
+    pipe = fresh_pipe()
+    load_lora(pipe, tmp_path / "kohya.safetensors")
+    torch.testing.assert_close(forward(pipe.unet), expected, rtol=0, atol=1e-6)
+
+
+def changed(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def rename(weights):
+    key = next(key for key in weights if "to_k" in key)
+    weights[key.replace("to_k", "to_kk")] = weights.pop(key)
+
+
+def halve(weights):
+    key = next(key for key in weights if "up.weight" in key)
+    weights[key] = weights[key][: len(weights[key]) // 2].clone()
+
+
+def drop(weights):
+    del weights[next(key for key in weights if "up.weight" in key)]
+
+
+def text_encoder(weights):
+    weights["text_encoder.encoder.layers.0.self_attn.q_proj.lora.down.weight"] = torch.zeros(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename, r"no layer .*to_kk; the nearest is .*to_k"),
+        (halve, r"expected .* of \[out, in\] = \[8, \d+\], got \[4, \d+\]"),
+        (drop, r"incomplete: expected lora_A and lora_B of"),
+        (text_encoder, r"expected U-Net LoRA keys \(unet.…\), got text_encoder"),
+        (dict.clear, r"holds no LoRA weights"),
+    ],
+)
+def test_load_is_strict(saved, change, message):
+    path, _, plain = saved
+    changed(path, change)
+    pipe = fresh_pipe()
+    with pytest.raises(ValueError, match=message):
+        load_lora(pipe, path)
+    torch.testing.assert_close(forward(pipe.unet), plain, rtol=0, atol=0)
+    assert not getattr(pipe.unet, "peft_config", {})
+
+
+def test_lora_of_another_base(saved):
+    wider = load_base("sd15", random_init=True, shrink=20)
+    with pytest.raises(ValueError, match=r"does not fit this base model: expected .* got .*Load the base it was made"):
+        load_lora(wider.unet, saved[0])
+
+
+@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt", "LORA.PKL"])
+def test_pickles_are_refused_by_name(base, tmp_path, name):
+    torch.save({}, tmp_path / name)
+    with pytest.raises(ValueError, match="is a pickle by its name"):
+        load_lora(base.unet, tmp_path / name)
+
+
+def test_damaged_or_missing_files(saved):
+    path, _, _ = saved
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+        load_lora(fresh_pipe(), path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_lora(fresh_pipe(), path.parent / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match="missing or damaged"):
+        load_json(path)
+
+
+def test_only_what_exists_is_saved(base, tmp_path):
+    with pytest.raises(ValueError, match=r"no adapter 'default' to save; there are: \[\]"):
+        save_lora(tmp_path, base.unet)
+
+
+def test_nothing_that_is_not_finite_is_saved(base, tmp_path):
+    parameter = next(iter(add_lora(base.unet, 4, 4, TARGETS).values()))
+    parameter.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite: unet.*lora"):
+        save_lora(tmp_path, base.unet)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError):
+        save_json({"a": float("inf")}, tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_shows_all_or_nothing(tmp_path):
+    path = tmp_path / "folder" / "file"
+    save_json([1], path)
+    with pytest.raises(KeyError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert load_json(path) == [1]
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    with atomic(tmp_path / "new") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("a")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "a").read_text() == "a"
+    remove(tmp_path / "new")
+    remove(tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota")])
+def test_full_disk_is_one_clear_error(tmp_path, error):
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    message = "no space left to write .*a.safetensors .*MiB free.*intact: free some"
+    with pytest.raises(OSError, match=message) as caught, atomic(tmp_path / "a.safetensors") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert caught.value.errno == errno.ENOSPC
+    assert load_tensors(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+EVENTS = [{"type": "start", "step": 0}] + [
+    {"type": "scalars", "step": step, "time": 0.0, "loss": 1 / (step + 1), "reward": None if step else 1.0, "lr": 1e-3}
+    for step in range(5)
+]
+
+
+def test_read_events_passes_over_an_unfinished_line(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert read_events(path) == []
+    path.write_text("".join(json.dumps(event) + "\n" for event in EVENTS) + '{"type": "sca')
+    assert read_events(path) == EVENTS
+
+
+def test_curves(tmp_path):
+    plot_curves(EVENTS, tmp_path / "curves.png")
+    image = Image.open(tmp_path / "curves.png")
+    assert image.size == (1200, 260) and len(image.convert("L").getcolors()) > 10
+    with pytest.raises(ValueError, match="no scalars"):
+        plot_curves(EVENTS[:1], tmp_path / "none.png")
+
+
+def test_card_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    path = write_card(
+        tmp_path / "lora",
+        title="A LoRA",
+        description="Trained.",
+        base_model="emoji",
+        config={"learning_rate": 1e-5, "lora": {"rank": 4}},
+        events=EVENTS,
+        pictures=[picture],
+        tags=["lora"],
+        license="apache-2.0",
+    )
+    card = ModelCard.load(path)
+    assert card.data.base_model == "emoji" and card.data.license == "apache-2.0"
+    assert {"lora", "alignkit", "text-to-image"} <= set(card.data.tags)
+    assert "learning_rate: 1.0e-05" in card.text and "torch " in card.text
+    for name in ("grid.png", "curves.png"):
+        assert f"({name})" in card.text and (path.parent / name).is_file()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "curves.png", "grid.png"]
+
+
+def test_lora_file_has_the_usual_name():
+    assert LORA_WEIGHTS == "pytorch_lora_weights.safetensors"
