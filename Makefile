@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # accelerate launch would give a CPU run a single thread.
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test
+.PHONY: demo test world
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch training/alignprop.py --config configs/alignprop/emoji.yaml
@@ -25,3 +25,13 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -e '.[dev]'
 	touch $(VENV)/.installed $@
+
+# Everything in alignkit/emoji/weights, from nothing or from where it stopped: hours on two cores.
+world: $(VENV)/.installed
+	$(BIN)/python training/emoji/tokenizer.py
+	$(BIN)/python training/emoji/vae.py
+	$(BIN)/python training/emoji/clip.py --role base
+	$(BIN)/python training/emoji/unet.py
+	$(BIN)/python training/emoji/judges.py --judge all
+	for role in training monitor evaluator; do $(BIN)/python training/emoji/clip.py --role $$role; done
+	$(BIN)/alignkit evaluate world --save true
