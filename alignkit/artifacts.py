@@ -68,6 +68,8 @@ def remove(path: str | os.PathLike) -> None:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt":  # cannot sync a folder, nor what is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -187,9 +189,7 @@ def save_lora(
     return path
 
 
-def load_lora(
-    pipe_or_unet: Any, path: str | os.PathLike, adapter_name: str = "default", weight: float = 1.0
-) -> None:
+def load_lora(pipe_or_unet: Any, path: str | os.PathLike, adapter_name: str = "default", weight: float = 1.0) -> None:
     """Adds a U-Net LoRA as the only active adapter, at `weight`; blend several with `unet.set_adapters`.
 
     `path` is a safetensors file (diffusers' or kohya's keys), or a folder with pytorch_lora_weights.safetensors.
@@ -276,7 +276,7 @@ def plot_curves(events: Sequence[Mapping[str, Any]], path: str | os.PathLike) ->
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    for panel in list(figure.axes)[len(curves):]:
+    for panel in list(figure.axes)[len(curves) :]:
         panel.set_visible(False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

@@ -65,7 +65,7 @@ class RunConfig:
     """Measure two steps, print time and memory, write nothing."""
 
     max_train_steps: int = 1000
-    """Optimizer updates in all. May grow when a run is resumed."""
+    """Optimizer updates in all. May grow when a run is resumed, which stretches a linear or cosine schedule."""
     train_batch_size: int = free(4)
     """Images per device in one forward pass. Free on resume as long as the global batch stays the same."""
     gradient_accumulation_steps: int = free(1)
@@ -106,8 +106,14 @@ class RunConfig:
     """"tensorboard", another tracker of accelerate, or "none". events.jsonl is always written."""
 
     def __post_init__(self):
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "shrink",
-                     "checkpointing_steps", "logging_steps"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "shrink",
+            "checkpointing_steps",
+            "logging_steps",
+        ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("lr_warmup_steps", "validation_steps", "adam_weight_decay"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from alignkit.emoji import WEIGHTS_DIR
@@ -22,7 +21,7 @@ def world(
         save: Write the figures beside the weights, where the card and the tests read them.
     """
     from alignkit.base import load_base
-    from alignkit.emoji import measure
+    from alignkit.emoji import card, measure
     from alignkit.emoji.evaluator import Evaluator
 
     evaluator, figures = Evaluator(), {}
@@ -35,13 +34,12 @@ def world(
     for name, value in figures.items():
         print(f"{name:40} {value:.3f}" if isinstance(value, float) else f"{name:40} {value}")
     if save:
-        FIGURES.write_text(
-            json.dumps({"world_hash": measure.world_hash(), **figures}, indent=1) + "\n", encoding="utf-8"
-        )
+        if what != "all":
+            raise ValueError("save: the card holds all figures, so it is written with what = all only.")
+        figures = {"world_hash": measure.world_hash(), **figures}
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        card.write(figures)
     return figures
-
-
-PROMPT_SETS = ("singles", "pairs", "counts", "three")
 
 
 def reward(
@@ -137,14 +135,3 @@ def summary(scores: dict, reference: dict) -> dict:
     gained = (scores["aesthetic"] - reference["aesthetic"]).mean() / reference["aesthetic"].std()
     kept = scores["present"].mean() / reference["present"].mean().clamp(min=1e-6)
     return means | {"aesthetic_gain_sd": round(float(gained), 3), "present_kept": round(float(kept), 4)}
-
-
-def table(results: str | Path) -> str:
-    """Markdown table of a results file, one line a cell."""
-    lines = [json.loads(line) for line in Path(results).read_text(encoding="utf-8").splitlines()]
-    keys = ["aesthetic_gain_sd", "present", "present_kept", "alignment", "exact", "exact_matching", "background"]
-    rows = ["| LoRA | prompts | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
-    for cell in lines:
-        values = [f"{cell['base'].get(k, '')} → {cell['lora'].get(k, '')}" for k in keys]
-        rows.append(f"| {Path(cell['lora']['model']).name} | {cell['lora']['prompts']} | " + " | ".join(values) + " |")
-    return "\n".join(rows)

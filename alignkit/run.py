@@ -103,7 +103,7 @@ class Run:
         self.position = 0
         self._writes = self.is_main and not cfg.dry_run
         self._signal = 0
-        set_seed(cfg.seed)
+        self._seed("start")
 
         checkpoints = [] if cfg.dry_run else self._checkpoints()
         self._saved = self._read(checkpoints[-1]) if checkpoints else None  # here, to fail before any work
@@ -149,6 +149,7 @@ class Run:
 
         if self._saved:
             self._restore(*self._saved)
+            self._saved = None
         if self._writes:
             self._open_logs()
         self._event(
@@ -366,8 +367,10 @@ class Run:
     def show(self, step: int, name: str, images: Tensor, captions: Sequence[str] | None = None) -> None:
         """Writes images [N, 3, H, W] in [0, 1] of the main process as a grid, samples/<step>_<name>.png."""
         if images.ndim != 4 or images.shape[1] != 3 or not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"expected images [N, 3, H, W] in [0, 1], got {list(images.shape)} "
-                             f"in [{images.min():.3g}, {images.max():.3g}]")
+            raise ValueError(
+                f"expected images [N, 3, H, W] in [0, 1], got {list(images.shape)} "
+                f"in [{images.min():.3g}, {images.max():.3g}]"
+            )
         if not self._writes:
             return
         array = (images.detach().float().permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()

@@ -343,7 +343,7 @@ def test_logs_and_pictures(tmp_path):
         run.log(step, validation=torch.tensor([1.0, math.nan]))
 
     train(toy_config(tmp_path, logging_steps=4, validation_steps=5, report_to="tensorboard"), body=body)
-    assert [step for step, in scalars(tmp_path)] == [3, 3, 4, 4, 7, 7, 9, 9]
+    assert [step for (step,) in scalars(tmp_path)] == [3, 3, 4, 4, 7, 7, 9, 9]
     events = read_events(tmp_path / "events.jsonl")
     assert [e["validation"] for e in events if "validation" in e] == [None] * 4
     assert all(e["images_per_second"] > 0 and e["memory_gib"] > 0 for e in events if "loss" in e)
@@ -364,7 +364,7 @@ def test_events_after_the_last_checkpoint_are_dropped(finished):
     with open(finished / "events.jsonl", "a") as file:
         file.write('{"type": "scalars", "st')  # killed while writing
     train(toy_config(finished))
-    assert [step for step, in scalars(finished)] == list(range(10))
+    assert [step for (step,) in scalars(finished)] == list(range(10))
     assert all(json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines())
 
 

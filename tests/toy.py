@@ -96,4 +96,3 @@ def launch(cfg: ToyConfig) -> tuple[int, str]:
     process.start()
     process.join()
     return process.exitcode, log.read_text()
-

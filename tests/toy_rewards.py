@@ -12,7 +12,7 @@ class Red(Reward):
     range = (-1.0, 1.0)
 
     def score(self, images: Tensor, prompts, **columns) -> Tensor:
-        return torch.tanh(20 * (images[:, 0] - images[:, 2]).mean((1, 2)))
+        return torch.tanh(8 * (images[:, 0] - images[:, 2]).mean((1, 2)))
 
 
 class Detached(Red):

@@ -164,7 +164,9 @@ def train(cfg: Config) -> Path:
     if run.position == 0:
         run.show(0, "base", validation.base_images, fixed.prompts)
     if cfg.dry_run and run.is_main:
-        print(f"dry run: {time.perf_counter() - started:.2f} s a validation, of {len(fixed)} images", flush=True)
+        seconds = time.perf_counter() - started
+        times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
+        print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
 
     stopped, shown = None, None
     for step in run.steps():
@@ -193,8 +195,9 @@ def train(cfg: Config) -> Path:
             state["validations"].append(summary)
         run.log(step, **scalars)
         if shown is not None:
-            stopped = reason_to_stop([validation.start, *state["validations"]], cfg.early_stop)
-            if run.gather(torch.tensor([bool(stopped)], device=run.device)).any():
+            reason = reason_to_stop([validation.start, *state["validations"]], cfg.early_stop)
+            if run.gather(torch.tensor([int(reason is not None)], device=run.device)).any():
+                stopped = f"stopped early after {step + 1} steps: {reason}"
                 break
 
     with run.averaged():
@@ -235,7 +238,7 @@ def score_copies(rewards: WeightedRewards, images: Tensor, batch: Prompts) -> Co
     """Scores of (1 + n) B images of B prompts, copies major; rewards and losses are the means over the copies, [B]."""
     copies = len(images) // len(batch)
     if not images.isfinite().all():  # no reward takes them; as a loss, they stop the run with the samples' numbers
-        return Combined({}, images.view(copies, len(batch), -1).sum((0, 2)))
+        return Combined({}, images.reshape(copies, len(batch), -1).sum((0, 2)))
     columns = {name: values * copies for name, values in batch.columns.items()}
     scores = rewards(images, batch.prompts * copies, **columns)
     values = {name: value.view(copies, -1).mean(0) for name, value in scores.values.items()}
@@ -261,7 +264,8 @@ class Judges(nn.Module):
     def measure(self, images: Tensor, batch: Prompts, scores: Combined | None = None) -> dict[str, Tensor]:
         """loss, reward/*, monitor/* [B] and features [B, D] of images; `scores` are the rewards', if they are known."""
         scores = self.rewards(images, batch.prompts, **batch.columns) if scores is None else scores
-        measured = {"loss": scores.loss} | {f"reward/{label}": value for label, value in scores.values.items()}
+        measured = {"loss": scores.loss.detach()}
+        measured |= {f"reward/{label}": value.detach() for label, value in scores.values.items()}
         if self.monitors:
             values = self.monitors(images, batch.prompts, **batch.columns).values
             measured |= {f"monitor/{label}": value for label, value in values.items()}

@@ -15,16 +15,27 @@ WORK_DIR = Path("runs/world")  # optimizer state and logs; the finished weights 
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch number i is made from a generator seeded by (seed, i) alone, so a resumed run sees the same scenes."""
+    """Batch number i is made from a generator seeded by (seed, i) alone, so a resumed run sees the same scenes.
 
-    def __init__(self, make_batch: Callable[[np.random.Generator], dict], seed: int, first: int, steps: int):
-        self.make_batch, self.seed, self.first, self.steps = make_batch, seed, first, steps
+    With `distinct`, so many batches are made and kept, and then come round again: for batches that cost more than a
+    step does, where what is drawn for them later (noise, timesteps) differs every time.
+    """
+
+    def __init__(self, make_batch: Callable, seed: int, first: int, steps: int, distinct: int | None):
+        self.make_batch, self.seed, self.first, self.steps, self.distinct = make_batch, seed, first, steps, distinct
+        self.kept = {}
 
     def __len__(self) -> int:
         return self.steps - self.first
 
     def __getitem__(self, index: int) -> dict:
-        return self.make_batch(np.random.default_rng((self.seed, self.first + index)))
+        number = self.first + index
+        if self.distinct is None:
+            return self.make_batch(np.random.default_rng((self.seed, number)))
+        number %= self.distinct
+        if number not in self.kept:
+            self.kept[number] = self.make_batch(np.random.default_rng((self.seed, number)))
+        return self.kept[number]
 
 
 def one_thread(_: int) -> None:
@@ -49,6 +60,7 @@ def fit(
     weight_decay: float = 1e-2,
     ema_decay: float = 0.999,
     save_every: int = 250,
+    distinct_batches: int | None = None,
 ) -> None:
     """Train `model` to `steps` and, on the way and at the end, `save()` with its averaged weights in place.
 
@@ -66,7 +78,7 @@ def fit(
         flush=True,
     )
     loader = torch.utils.data.DataLoader(
-        Batches(make_batch, seed, first, steps),
+        Batches(make_batch, seed, first, steps, distinct_batches),
         batch_size=None,
         num_workers=1,
         prefetch_factor=8,

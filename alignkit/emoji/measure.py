@@ -129,7 +129,6 @@ def measure_judges(evaluator: Evaluator, number: int = 512) -> dict[str, float]:
         [b == s.background for b, s in zip(evaluator.background(images), drawn, strict=True)]
     )
     figures["identity among 64"] = identity_among(evaluator, 64)
-    figures["training: depth RMSE"] = depth_rmse(images, torch.from_numpy(np.stack([r.depth for r in rendered])))
     return figures
 
 
@@ -203,18 +202,6 @@ def count_density(role: str, images: Tensor) -> Tensor:
 
     counter = DensityCounter.from_pretrained(resolve(f"emoji/{role}/counter")).float().eval()
     return in_batches(lambda x: counter(x).sum((1, 2, 3)), images)
-
-
-def depth_rmse(images: Tensor, depth: Tensor) -> float:
-    from transformers import GLPNForDepthEstimation
-
-    model = GLPNForDepthEstimation.from_pretrained(resolve("emoji/training/depth")).float().eval()
-
-    def predict(x: Tensor) -> Tensor:
-        predicted = model((x - 0.5) / 0.25).predicted_depth
-        return F.interpolate(predicted[:, None], size=x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-
-    return float((in_batches(predict, images) - depth).square().mean().sqrt())
 
 
 def identity_among(evaluator: Evaluator, number: int, seed: int = 3) -> float:

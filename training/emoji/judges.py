@@ -1,4 +1,4 @@
-"""Train the emoji world's other judges on exact labels: counters, segmenter, depth, the evaluator's reader, identity.
+"""Train the emoji world's other judges on exact labels: counters, segmenter, the evaluator's reader, identity.
 
     python training/emoji/judges.py --judge training/counter
     python training/emoji/judges.py --judge all
@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import nn
 from transformers import (
-    GLPNConfig,
-    GLPNForDepthEstimation,
     PreTrainedModel,
     SegformerConfig,
     SegformerForSemanticSegmentation,
@@ -61,7 +59,6 @@ def batches(world: scenes.World, degraded: degrade.Degrader, stride: int = 0) ->
             "images": degraded(fit.to_float(np.stack([r.image for r in rendered])), rng),
             "class_map": torch.from_numpy(np.stack([r.class_map for r in rendered])),
             "instance_map": torch.from_numpy(np.stack([r.instance_map for r in rendered])),
-            "depth": torch.from_numpy(np.stack([r.depth for r in rendered])),
             "background": torch.tensor([BACKGROUNDS.index(s.background) for s in drawn]),
             "tint": torch.full((BATCH_SIZE, 5), len(TINTS)),  # of object number i at i + 1
         }
@@ -76,11 +73,9 @@ def batches(world: scenes.World, degraded: degrade.Degrader, stride: int = 0) ->
 
 
 def density_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Of the map, and of its sum: the count itself."""
-    count_error = predicted.sum((1, 2, 3)) - target.sum((1, 2, 3))
-    return 20 * F.mse_loss(predicted, target) * target[0].numel() / 256 + 0.2 * F.smooth_l1_loss(
-        count_error, torch.zeros_like(count_error)
-    )
+    """Of the map, in units of its mean square, and of its sum: the count itself."""
+    counts, wanted = predicted.sum((1, 2, 3)), target.sum((1, 2, 3))
+    return (predicted - target).square().mean() / target.square().mean() + F.smooth_l1_loss(counts, wanted)
 
 
 def exact(predicted: torch.Tensor, target: torch.Tensor) -> float:
@@ -152,9 +147,9 @@ def segmenter(name: str, widths: tuple, seed: int, steps: int, degraded: degrade
     labels = ["background", *NAMES]
     model = SegformerForSemanticSegmentation(
         SegformerConfig(
-            num_encoder_blocks=4, depths=[1, 1, 2, 1], sr_ratios=[8, 4, 2, 1], hidden_sizes=list(widths),
-            patch_sizes=[5, 3, 3, 3], strides=[2, 2, 2, 2], num_attention_heads=[1, 2, 4, 4], mlp_ratios=[3, 3, 3, 3],
-            decoder_hidden_size=96, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
+            num_encoder_blocks=4, depths=[1, 1, 2, 1], sr_ratios=[4, 2, 1, 1], hidden_sizes=list(widths),
+            patch_sizes=[7, 3, 3, 3], strides=[4, 2, 2, 2], num_attention_heads=[1, 2, 4, 4], mlp_ratios=[3, 3, 3, 3],
+            decoder_hidden_size=64, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
             hidden_dropout_prob=0.0, classifier_dropout_prob=0.0, drop_path_rate=0.0,
         )
     )  # fmt: skip
@@ -172,26 +167,6 @@ def segmenter(name: str, widths: tuple, seed: int, steps: int, degraded: degrade
         }
 
     train(name, model, loss_fn, batches(EVERYTHING, degraded), seed, steps, learning_rate=1.5e-3)
-
-
-def depth(name: str, widths: tuple, seed: int, steps: int, degraded: degrade.Degrader) -> None:
-    torch.manual_seed(seed)
-    model = GLPNForDepthEstimation(
-        GLPNConfig(
-            num_encoder_blocks=4, depths=[1, 1, 1, 1], sr_ratios=[8, 4, 2, 1], hidden_sizes=list(widths),
-            patch_sizes=[5, 3, 3, 3], strides=[2, 2, 2, 2], num_attention_heads=[1, 2, 4, 4], mlp_ratios=[2, 2, 2, 2],
-            decoder_hidden_size=32, max_depth=1, hidden_dropout_prob=0.0, drop_path_rate=0.0,
-        )
-    )  # fmt: skip
-
-    def loss_fn(batch: dict, _: torch.Generator) -> tuple[torch.Tensor, dict]:
-        predicted = model((batch["images"] - 0.5) / 0.25).predicted_depth.float()
-        if predicted.shape[-1] != scenes.SIZE:
-            predicted = F.interpolate(predicted[:, None], size=scenes.SIZE, mode="bilinear", align_corners=False)[:, 0]
-        error = (predicted - batch["depth"]).abs()
-        return error.mean(), {"rmse": error.square().mean().sqrt().item()}
-
-    train(name, model, loss_fn, batches(EVERYTHING, degraded), seed, steps)
 
 
 def train(
@@ -218,11 +193,10 @@ def train(
 
 JUDGES = {  # function, widths, seed, steps
     "training/counter": (counter, (24, 48, 72), 41, 1000),
-    "training/segmenter": (segmenter, (32, 48, 96, 128), 42, 2000),
-    "evaluator/reader": (reader, (32, 80, 144), 43, 2500),
+    "training/segmenter": (segmenter, (24, 40, 64, 96), 42, 2500),
+    "evaluator/reader": (reader, (32, 80, 144), 43, 4000),
     "identity/reader": (identity, (24, 64, 112), 44, 1500),
     "monitor/counter": (counter, (16, 40, 64), 45, 700),
-    "training/depth": (depth, (24, 32, 64, 96), 46, 700),
 }
 
 

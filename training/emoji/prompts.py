@@ -1,6 +1,6 @@
 """Write the prompt files of the emoji configs, from what the world holds out and what not.
 
-    python training/emoji/prompts.py
+python training/emoji/prompts.py
 """
 
 import json

@@ -62,10 +62,10 @@ def main(steps: int, seed: int = 31) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             moments = vae.encode(images * 2 - 1).latent_dist.parameters
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        return {"moments": moments.float(), "input_ids": tokens.input_ids}
+        return {"moments": moments.half(), "input_ids": tokens.input_ids}
 
     def loss_fn(batch: dict, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
-        mean, log_variance = batch["moments"].chunk(2, dim=1)
+        mean, log_variance = batch["moments"].float().chunk(2, dim=1)
         x_0 = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         x_0 = x_0 * vae.config.scaling_factor
         with torch.no_grad():
@@ -89,7 +89,7 @@ def main(steps: int, seed: int = 31) -> None:
 
     fit.fit(
         "unet", unet, loss_fn, make_batch, save,
-        steps=steps, learning_rate=8e-4, seed=seed, ema_decay=0.9995, save_every=500,
+        steps=steps, learning_rate=8e-4, seed=seed, ema_decay=0.9995, save_every=500, distinct_batches=2000,
     )  # fmt: skip
 
 

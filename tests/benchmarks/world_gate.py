@@ -1,0 +1,138 @@
+"""The gate before the emoji world is frozen: can the base be personalised, and does that cost what AlignIT repairs?
+
+    python tests/benchmarks/world_gate.py                # 6 concepts of tier A, some 15 minutes of two cores
+
+Tier A concepts are known sprites in a tint that the base never saw on them. Of five pictures of each,
+- full fine-tuning of the U-Net has to reach 0.8 of the real-to-real identity similarity, and
+- Textual Inversion (one vector, plain) has to lose at least 10 points of the other contents of prompts: the second
+  object and the background, against the base with the sprite's own name.
+One line a concept is appended to results/world_gate.jsonl.
+"""
+
+import json
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from alignkit.base import load_base
+from alignkit.emoji import measure, prompts, scenes, sprites
+from alignkit.emoji.evaluator import Evaluator
+from alignkit.emoji.fit import to_float
+
+RESULTS = Path(__file__).parent / "results" / "world_gate.jsonl"
+PLACEHOLDER = "~"  # one token, in no caption
+
+
+def concepts(number: int, seed: int = 0) -> list[tuple[sprites.Sprite, str]]:
+    """(sprite, tint) combinations of tier A."""
+    found = [(s, t) for s in sprites.of_tier("named") for t in scenes.TINTS if scenes.held_out("tint", s.name, t)]
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:number]]
+
+
+def pictures(sprite: sprites.Sprite, tint: str, number: int, seed: int) -> torch.Tensor:
+    rng = np.random.default_rng((96, seed))
+    images = []
+    for _ in range(number):
+        background = scenes.sample_background(rng)
+        placed = scenes.place(rng, [sprite], background["horizon"], False, None)[0]
+        placed = replace(placed, tint=tint, tint_strength=0.9)
+        images.append(scenes.render(scenes.Scene(**background, objects=(placed,))).image)
+    return to_float(np.stack(images))
+
+
+def train(base, images: torch.Tensor, parameters: list, steps: int, learning_rate: float, seed: int) -> None:
+    """Ordinary denoising loss on the concept's pictures, under "a ~" and the openings of captions."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    latents = base.encode(images).detach()
+    texts = [f"a {PLACEHOLDER}", f"a photo of a {PLACEHOLDER}", f"a picture of a {PLACEHOLDER}"]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    for step in range(steps):
+        x_0 = latents[torch.randint(len(latents), (8,), generator=generator)]
+        noise = torch.randn(x_0.shape, generator=generator)
+        timestep = torch.randint(0, base.scheduler.config.num_train_timesteps, (8,), generator=generator)
+        tokens = base.tokenizer([texts[step % 3]] * 8, padding="max_length", return_tensors="pt")
+        prompt_embeds = base.text_encoder(tokens.input_ids).last_hidden_state
+        output = base.unet(base.schedule.add_noise(x_0, noise, timestep), timestep, prompt_embeds).sample
+        loss = F.mse_loss(output, base.schedule.target(x_0, noise, timestep))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+def identity(evaluator: Evaluator, drawn: torch.Tensor, real: torch.Tensor) -> float:
+    return float((evaluator.embed_identity(drawn) @ evaluator.embed_identity(real).T).mean())
+
+
+def others(evaluator: Evaluator, base, word: str, seed: int) -> float:
+    """Share of the other contents that are there: the second object, and the background."""
+    rng = np.random.default_rng(seed)
+    named = [s.name for s in sprites.of_tier("named") if s.name not in word]
+    seconds = [named[i] for i in rng.permutation(len(named))[:24]]
+    colors = [list(scenes.BACKGROUNDS)[i % len(scenes.BACKGROUNDS)] for i in range(24)]
+    asked = [
+        f"a {word} and {prompts.article(n)} on {prompts.article(c + ' background')}"
+        for n, c in zip(seconds, colors, strict=True)
+    ]
+    images = measure.draw(base, asked, seed=seed)
+    right = [b == c for b, c in zip(evaluator.background(images), colors, strict=True)]
+    return (measure.share(evaluator.present(images, seconds)) + measure.share(right)) / 2
+
+
+def run(sprite: sprites.Sprite, tint: str, seed: int) -> dict:
+    evaluator = Evaluator()
+    shown, other = pictures(sprite, tint, 5, seed), pictures(sprite, tint, 16, seed + 1)
+    real = identity(evaluator, other, shown)
+    plain = load_base("emoji")
+    before = others(evaluator, plain, sprite.name, seed)
+
+    tuned = load_base("emoji")
+    train(tuned, shown, list(tuned.unet.parameters()), steps=200, learning_rate=1e-4, seed=seed)
+    texts = [f"a {PLACEHOLDER} on {prompts.article(c + ' background')}" for c in scenes.BACKGROUNDS]
+    full = identity(evaluator, measure.draw(tuned, texts, seed=seed), shown)
+
+    inverted = load_base("emoji")
+    table = inverted.text_encoder.get_input_embeddings().weight
+    token = inverted.tokenizer(PLACEHOLDER).input_ids[1]
+    noun = inverted.tokenizer(sprite.noun.split()[-1]).input_ids[1]
+    table.data[token] = table.data[noun]
+    frozen = table.data.clone()
+    train_row(inverted, table, token, shown, seed)
+    assert torch.equal(table.data[torch.arange(len(table)) != token], frozen[torch.arange(len(table)) != token])
+    inversion = identity(evaluator, measure.draw(inverted, texts, seed=seed), shown)
+    return {
+        "concept": f"{tint} {sprite.name}",
+        "seed": seed,
+        "world_hash": measure.world_hash(),
+        "real_to_real": round(real, 4),
+        "full_fine_tuning": round(full, 4),
+        "share_of_real": round(full / real, 4),
+        "textual_inversion": round(inversion, 4),
+        "others_base": round(before, 4),
+        "others_inversion": round(others(evaluator, inverted, PLACEHOLDER, seed), 4),
+        "others_full": round(others(evaluator, tuned, PLACEHOLDER, seed), 4),
+    }
+
+
+def train_row(base, table: torch.nn.Parameter, token: int, images: torch.Tensor, seed: int) -> None:
+    """Textual Inversion: of the embedding table, only the placeholder's row moves."""
+    hook = table.register_hook(lambda grad: grad * (torch.arange(len(grad)) == token)[:, None])
+    train(base, images, [table], steps=300, learning_rate=5e-3, seed=seed)
+    hook.remove()
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concepts", type=int, default=6)
+    for number, (sprite, tint) in enumerate(concepts(parser.parse_args().concepts)):
+        row = run(sprite, tint, number)
+        print(json.dumps(row), flush=True)
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
