@@ -9,6 +9,7 @@ export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test world
 
+# the trainer says at its end where the picture, the curves and the LoRA are
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch training/alignprop.py --config configs/alignprop/emoji.yaml
 

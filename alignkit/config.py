@@ -147,7 +147,7 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     parser = Parser(allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; what follows on the command line overrides it.")
     parser.add_class_arguments(cls)
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_args(_with_values(cls, sys.argv[1:] if argv is None else argv))
     _check_shape(cls, namespace)
     try:
         values = dict(vars(parser.instantiate(namespace)))
@@ -155,6 +155,19 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
         return cls(**values)
     except ValueError as error:  # from a __post_init__
         _fail(" ".join(str(error).split()))
+
+
+def _with_values(cls: type, argv: list[str]) -> list[str]:
+    """`--dry-run` and `--dry_run` as `--dry_run true`: a switch needs no value, and dashes do for underscores."""
+    switches = {name for name, kind in typing.get_type_hints(cls).items() if kind is bool}
+    complete = []
+    for argument, following in zip(argv, [*argv, "--"][1:], strict=True):
+        name = argument.removeprefix("--").replace("-", "_")
+        is_switch = argument.startswith("--") and name in switches
+        complete.append(f"--{name}" if is_switch else argument)
+        if is_switch and following.startswith("--"):
+            complete.append("true")
+    return complete
 
 
 def _check_shape(cls: type, namespace: Any, prefix: str = "") -> None:

@@ -91,6 +91,7 @@ class Run:
         self.output_dir = Path(cfg.output_dir)
         self._events = self.output_dir / "events.jsonl"
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else two CPU ranks of torchrun are strangers to accelerate
             mixed_precision="no",  # frozen parts are cast to weight_dtype, trained ones are float32: no autocast
             log_with=None if cfg.report_to == "none" or cfg.dry_run else cfg.report_to,
             project_dir=self.output_dir,
@@ -529,9 +530,9 @@ class Run:
         self._close()
         raise SystemExit(0)
 
-    def finish(self) -> None:
-        """Ends the run: closes the logs and leaves the process group."""
-        self._event("finish", self.position - 1)
+    def finish(self, reason: str | None = None) -> None:
+        """Ends the run, early if there is a reason: closes the logs and leaves the process group."""
+        self._event("finish", self.position - 1, reason=reason)
         self._close()
 
     def _close(self) -> None:

@@ -315,7 +315,7 @@ def test_two_processes_equal_one(config, tmp_path):
     done = subprocess.run(
         [*command, "training/alignprop.py", "--config", str(path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -138,3 +138,10 @@ def test_free_fields():
     free = config.free_fields(Config("x"))
     assert {"output_dir", "logging_steps", "report_to", "checkpoints_total_limit"} <= free
     assert not free & {"seed", "learning_rate", "max_train_steps", "lora", "rewards", "mixed_precision", "use_ema"}
+
+
+@pytest.mark.parametrize("switch", [["--dry-run"], ["--dry_run"], ["--dry_run", "true"], ["--dry_run=true"]])
+def test_a_switch_needs_no_value(switch):
+    assert parse(RunConfig, ["--output_dir", "x", *switch, "--seed", "3"]).dry_run
+    assert parse(RunConfig, ["--output_dir", "x", *switch]).dry_run
+    assert not parse(RunConfig, ["--output_dir", "x", "--dry_run", "false"]).dry_run

@@ -109,7 +109,7 @@ def test_two_processes_equal_one(finished, tmp_path):
               "--checkpointing_steps", "2", "--output_dir", str(folder)]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(free_port()), "-m", "tests.two_ranks", *common]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     stopped = subprocess.run([*command, "--die", "0:sigterm"], env=env, capture_output=True, text=True, timeout=300)
     assert stopped.returncode != 0
     assert checkpoints(folder) == ["checkpoint-1"], stopped.stderr

@@ -1,6 +1,7 @@
 """Train the emoji world's U-Net on the frozen text tower and autoencoder, and put the base model together.
 
     python training/emoji/unet.py
+    python training/emoji/unet.py --warm_start --steps 20000      # train the shipped weights on
 
 Epsilon prediction on SD's noise schedule, a tenth of the captions dropped for classifier-free guidance, the loss
 weighted by min-SNR (Hang et al. 2023, eq. 4, gamma 5).
@@ -42,12 +43,14 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def main(steps: int, seed: int = 31) -> None:
+def main(steps: int, warm_start: bool, seed: int = 31) -> None:
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder").float().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(BASE / "vae").float().requires_grad_(False)
     unet = build_unet(text_encoder.config.hidden_size)
+    if warm_start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(BASE / "unet").float().state_dict())
     unet.set_attn_processor(AttnProcessor())  # on a CPU its backward takes half of the time of the fused kernel's
     compiled = torch.compile(unet)
     scheduler = build_scheduler()
@@ -95,5 +98,9 @@ def main(steps: int, seed: int = 31) -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=16000)
-    main(parser.parse_args().steps)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument(
+        "--warm_start", action="store_true", help="where there is no checkpoint, from the shipped weights"
+    )
+    args = parser.parse_args()
+    main(args.steps, args.warm_start)
