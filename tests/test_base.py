@@ -123,6 +123,17 @@ def test_encode_prompt_equals_the_stock_pipeline(base):
     assert embeds.shape == (3, base.text_encoder.config.max_position_embeddings, base.text_encoder.config.hidden_size)
 
 
+def test_a_folder_without_tokenizer_gets_one_that_tells_letters_apart(base):
+    ids = base.tokenizer("a cat").input_ids
+    assert base.tokenizer.convert_ids_to_tokens(ids) == ["<|startoftext|>", "a</w>", "c", "a", "t</w>", "<|endoftext|>"]
+    assert base.tokenizer.decode(ids, skip_special_tokens=True) == "a cat"
+    one, two = base.encode_prompt(["a cat", "a dog"])
+    assert not torch.equal(one, two)
+    config = base.text_encoder.config
+    assert config.vocab_size == len(base.tokenizer)
+    assert (config.bos_token_id, config.eos_token_id) == (base.tokenizer.bos_token_id, base.tokenizer.eos_token_id)
+
+
 def test_prompts_that_would_be_cut_are_refused(base):
     base.encode_prompt(["a" * 75])  # begin + 75 + end = 77
     with pytest.raises(ValueError, match="reads 77 tokens, this one has 78"):
@@ -191,7 +202,7 @@ def test_lora_size_on_sd15(rank, size):
 
 def test_lora_changes_nothing_at_first_and_trains_alone():
     base = load_base("sd15", random_init=True, shrink=40)
-    x_T, t, text = latents(base), torch.tensor(500), base.encode_prompt(["a cat"])
+    x_T, t, text = latents(base, side=16), torch.tensor(500), base.encode_prompt(["a cat"])  # 2 x 2 in the middle
     before = base.unet(x_T, t, text).sample
     parameters = add_lora(base.unet, rank=4, lora_alpha=8, target_modules=ATTENTION)
     after = base.unet(x_T, t, text).sample

@@ -119,7 +119,8 @@ def measure_judges(evaluator: Evaluator, number: int = 512) -> dict[str, float]:
             saturation,
         )
     class_map = torch.from_numpy(np.stack([r.class_map for r in rendered]))
-    figures["training: segmentation mIoU"] = segmentation_miou(images, class_map)
+    if (WEIGHTS_DIR / "training" / "segmenter").is_dir():
+        figures["training: segmentation mIoU"] = segmentation_miou(images, class_map)
     true = torch.tensor([len(np.unique(r.instance_map[r.instance_map > 0])) for r in rendered])
     for role in ("training", "monitor"):
         figures[f"{role}: exact count"] = share(count_density(role, images).round() == true)
