@@ -34,5 +34,5 @@ world: $(VENV)/.installed
 	$(BIN)/python training/emoji/clip.py --role base
 	$(BIN)/python training/emoji/unet.py
 	$(BIN)/python training/emoji/judges.py --judge all
-	for role in training monitor evaluator; do $(BIN)/python training/emoji/clip.py --role $$role; done
+	for role in training monitor evaluator; do $(BIN)/python training/emoji/clip.py --role $$role || exit 1; done
 	$(BIN)/alignkit evaluate world --save true

@@ -24,6 +24,8 @@ def world(
     from alignkit.emoji import card, measure
     from alignkit.emoji.evaluator import Evaluator
 
+    if save and (what, guidance_scale, most) != ("all", 5.0, 1000):
+        raise ValueError("save: the card holds all figures at guidance 5, so it takes no other setting.")
     evaluator, figures = Evaluator(), {}
     base = load_base("emoji")
     if what in ("all", "judges"):
@@ -34,12 +36,20 @@ def world(
     for name, value in figures.items():
         print(f"{name:40} {value:.3f}" if isinstance(value, float) else f"{name:40} {value}")
     if save:
-        if what != "all":
-            raise ValueError("save: the card holds all figures, so it is written with what = all only.")
-        figures = {"world_hash": measure.world_hash(), **figures}
+        figures |= {"world_hash": measure.world_hash(), "sample": sample(base, evaluator)}
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         card.write(figures)
     return figures
+
+
+SAMPLE = 48  # prompts of each kind that the test of the bundled weights draws again
+
+
+def sample(base, evaluator) -> dict:
+    """The base's figures on the first SAMPLE prompts of each kind, [0, 1]."""
+    from alignkit.emoji import measure
+
+    return {k: round(v, 4) for k, v in measure.measure_base(base, evaluator, most=SAMPLE).items()}
 
 
 def reward(
@@ -125,7 +135,7 @@ def score(evaluator, kind: str, asked: list, images) -> dict:
         numbers = [p.count for p in asked]
         answers["exact"] = evaluator.exact(images, [p.objects[0] for p in asked], numbers).float()
         matched = [len(m) == n for m, n in zip(matched_counts(images), numbers, strict=True)]
-        answers["exact_matching"] = torch.tensor(matched).float()
+        answers["pieces_matching"] = torch.tensor(matched).float()
     return answers
 
 

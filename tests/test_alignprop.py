@@ -304,7 +304,10 @@ def test_validation_leaves_the_training_untouched(config):
 def test_two_processes_equal_one(config, tmp_path):
     """A real torchrun of the script itself: raw-module calls that miss the gradient sync would end elsewhere."""
     fields = {"max_train_steps": 3, "validation_steps": 3, "eta": 1.0, "plan": PlanConfig("draft_k", {"k": 2})}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have: more would round differently
     one = train(config("one", **fields))
+    torch.set_num_threads(threads)
     two = config("two", **fields, gradient_accumulation_steps=1)
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(alignprop.to_dict(two)))

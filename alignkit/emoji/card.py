@@ -40,17 +40,28 @@ undercounts where sprites touch, on real scenes too.
 |---|---|---|
 {rows}
 
-Held out from the base: {held_out}. The text tower was trained on the same captions as the U-Net.
+Held out from the base: {held_out}.
+{known_faults}
 
 Sprites: Noto Color Emoji, SIL Open Font License 1.1. The weights are Apache-2.0, like the code.
 """
+
+
+# of the weights as they are; to be emptied by the next training
+KNOWN_FAULTS = """
+Known faults of these first weights, mended in the scripts since they were trained:
+- 0.65 % of the U-Net's scenes held two of a sprite beside another one where that sprite's two is held out.
+- The text tower saw held-out combinations, as captions that were *wrong* for their picture.
+- The identity judge has not seen tier B, though it should; a third of its 64 sprites are of tier B.
+- A fifth of the pictures that the aesthetic heads learned from were blurred without their label saying so.
+- No segmenter yet, and the U-Net's training has not converged."""
 
 
 def write(figures: dict) -> None:
     """Write weights/README.md from what `alignkit evaluate world` measured."""
     rows = []
     for name, value in figures.items():
-        if name == "world_hash":
+        if name in ("world_hash", "sample"):
             continue
         aim = ""
         if name in AIMS:
@@ -61,6 +72,7 @@ def write(figures: dict) -> None:
             f"| {name} | {value:.3f} | {aim} |" if isinstance(value, float) else f"| {name} | {value} | {aim} |"
         )
     text = TEXT.format(
+        known_faults=KNOWN_FAULTS,
         world_hash=figures["world_hash"],
         prompts=sum(v for k, v in figures.items() if k.endswith(": prompts")),
         rows="\n".join(rows),

@@ -17,7 +17,7 @@ class Degrader:
         self.vae = AutoencoderKL.from_pretrained(vae).float().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+    def __call__(self, images: Tensor, rng: np.random.Generator, blur: bool = True) -> Tensor:
         """images [B, 3, H, W] in [0, 1], and the same back."""
         images = images.clone()
         through_vae = torch.from_numpy(rng.random(len(images)) < 0.5)
@@ -31,7 +31,7 @@ class Degrader:
                     latents.dtype
                 )
                 images[through_vae] = self.vae.decode(latents).sample.float() / 2 + 0.5
-        for i in np.flatnonzero(rng.random(len(images)) < 0.2):
+        for i in np.flatnonzero(rng.random(len(images)) < 0.2 * blur):
             sigma = float(rng.uniform(0.3, 1.2))
             images[i] = gaussian_blur2d(images[None, i], (5, 5), (sigma, sigma))[0]
         for i in np.flatnonzero(rng.random(len(images)) < 0.2):

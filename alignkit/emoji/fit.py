@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,10 @@ def fit(
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = {k: p.detach().clone() for k, p in parameters.items()}
     first = load_checkpoint(folder, parameters, average, optimizer)
+    if first >= steps:  # done; export again, since it may have been stopped between checkpoint and export
+        with averaged(parameters, average):
+            save()
+        return
     print(
         f"{name}: {sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, step {first} of {steps}",
         flush=True,
@@ -173,9 +177,3 @@ def halves(model: nn.Module) -> nn.Module:
     import copy
 
     return copy.deepcopy(model).half()
-
-
-def log_lines(name: str) -> Iterator[dict]:
-    """What a finished or running training has logged."""
-    with open(WORK_DIR / name / "log.jsonl", encoding="utf-8") as file:
-        yield from map(json.loads, file)

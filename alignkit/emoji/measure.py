@@ -58,7 +58,7 @@ def score_prompts(evaluator: Evaluator, kind: str, asked: list[Prompt], images: 
         numbers = [p.count for p in asked]
         return {
             "exact count": share(evaluator.exact(images, [p.objects[0] for p in asked], numbers)),
-            "exact count, by matching": share([len(m) == n for m, n in zip(matched, numbers, strict=True)]),
+            "number of pieces, by matching": share([len(m) == n for m, n in zip(matched, numbers, strict=True)]),
             "count background": share(right_background),
         }
     every = [set(p.objects) <= set(m) for p, m in zip(asked, matched, strict=True)]
@@ -224,11 +224,11 @@ def identity_among(evaluator: Evaluator, number: int, seed: int = 3) -> float:
 
 
 def world_hash() -> str:
-    """Of every weight file of the world, 12 hexadecimal digits: what a result was measured on."""
+    """Of every weight and config file of the world, 12 hexadecimal digits: what a result was measured on."""
     import hashlib
 
     digest = hashlib.sha256()
-    for path in sorted(WEIGHTS_DIR.rglob("*.safetensors")):
+    for path in sorted(p for p in WEIGHTS_DIR.glob("*/**/*") if p.suffix in (".safetensors", ".json")):
         digest.update(str(path.relative_to(WEIGHTS_DIR)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -7,7 +7,7 @@ import numpy as np
 
 from alignkit.emoji.captions import NUMBERS, article
 from alignkit.emoji.scenes import BACKGROUNDS, held_out
-from alignkit.emoji.sprites import by_name, of_tier
+from alignkit.emoji.sprites import of_tier
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,9 @@ def shuffled(items: list, seed: int) -> list:
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
-def backgrounds_of(names: tuple[str, ...], unseen: bool) -> list[str]:
-    """Colours that the base has seen, or not seen, behind each of these sprites."""
-    chosen = [b for b in BACKGROUNDS if any(held_out("background", n, b) for n in names) == unseen]
-    return chosen or list(BACKGROUNDS)
+def backgrounds_of(*names: str) -> list[str]:
+    """Colours that the base has seen behind each of these sprites."""
+    return [b for b in BACKGROUNDS if not any(held_out("background", n, b) for n in names)]
 
 
 def singles(seed: int = 0, unseen: bool = True) -> list[Prompt]:
@@ -53,7 +52,7 @@ def pairs(seed: int = 0, unseen: bool = True) -> list[Prompt]:
             continue
         if rng.random() < 0.5:
             first, second = second, first
-        colors = backgrounds_of((first, second), unseen=False)
+        colors = backgrounds_of(first, second)
         color = colors[rng.integers(len(colors))]
         found.append(
             Prompt(
@@ -71,7 +70,7 @@ def counts(number: int | None = None, seed: int = 0, unseen: bool = True) -> lis
         for n in [number] if number else NUMBERS:
             if held_out("count", sprite.name, str(n)) != unseen:
                 continue
-            for color in backgrounds_of((sprite.name,), unseen=False):
+            for color in backgrounds_of(sprite.name):
                 found.append(
                     Prompt(
                         f"{NUMBERS[n]} {sprite.plural} on {article(color + ' background')}", (sprite.name,), n, color
@@ -83,11 +82,3 @@ def counts(number: int | None = None, seed: int = 0, unseen: bool = True) -> lis
 def exactly(number: int, seed: int = 0, unseen: bool = True) -> list[Prompt]:
     """ "exactly three cats on a red background"."""
     return [Prompt(f"exactly {p.prompt}", p.objects, p.count, p.background) for p in counts(number, seed, unseen)]
-
-
-def plain(prompt: Prompt) -> str:
-    """The same without the background: "a cat", "three cats", "a cat and a dog"."""
-    names = [by_name(n) for n in prompt.objects]
-    if prompt.count > 1:
-        return f"{NUMBERS[prompt.count]} {names[0].plural}"
-    return " and ".join(article(n.name) for n in names)

@@ -6,7 +6,10 @@ depth decides where its foot is (nearer is lower) and, with jitter, how large it
 
 import colorsys
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
@@ -84,6 +87,16 @@ def held_out(*parts: str, share: float = 0.15) -> bool:
     """Whether a combination is kept from training: a fixed pseudo-random `share` of all, whatever their order."""
     digest = hashlib.sha256("|".join(sorted(parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def holds_unseen(chosen: Sequence[Sprite], background: str | None = None) -> bool:
+    """Whether a scene of these sprites (on that background) has a pair, a count or a background that is held out."""
+    numbers = Counter(sprite.name for sprite in chosen)
+    return (
+        any(held_out("pair", a, b) for a, b in combinations(numbers, 2))
+        or any(n > 1 and held_out("count", name, str(n)) for name, n in numbers.items())
+        or any(background and held_out("background", name, background) for name in numbers)
+    )
 
 
 def foot(depth: float, horizon: float) -> float:
@@ -233,8 +246,9 @@ class World:
 
     def draw_sprite(self, rng: np.random.Generator) -> Sprite:
         tiers = self.tiers
-        if "named" in tiers and "known" in tiers:
-            tiers = ("named",) if rng.random() < self.named_share else ("known",)
+        if "named" in tiers and len(tiers) > 1:
+            others = tuple(tier for tier in tiers if tier != "named")
+            tiers = ("named",) if rng.random() < self.named_share else others
         pool = sprites.of_tier(*tiers)
         return pool[rng.integers(len(pool))]
 
@@ -243,7 +257,7 @@ class World:
         background = sample_background(rng)
         kind = rng.choice(list(self.kinds), p=np.array(list(self.kinds.values())) / sum(self.kinds.values()))
         chosen, relation = self.choose(rng, kind)
-        while not self.with_held_out and any(held_out("background", s.name, background["background"]) for s in chosen):
+        while not self.with_held_out and holds_unseen(chosen, background["background"]):
             background = sample_background(rng)
         overlapping = rng.random() < self.overlap
         objects = place(rng, chosen, background["horizon"], overlapping, relation)
@@ -261,16 +275,15 @@ class World:
                 return [], None
             if kind == "single":
                 return [first], None
-            if kind == "count" and (self.with_held_out or not held_out("count", first.name, str(number))):
+            if kind == "count" and (self.with_held_out or not holds_unseen([first] * number)):
                 return [first] * number, None
-            if first == second or (not self.with_held_out and held_out("pair", first.name, second.name)):
+            if first == second or (not self.with_held_out and holds_unseen((first, second))):
                 continue
             if kind == "pair":
                 relation = str(rng.choice(RELATIONS)) if rng.random() < 0.5 else None
                 return [first, second], None if relation == "next to" else relation
             if kind == "several":
                 third = self.draw_sprite(rng) if rng.random() < 0.5 else first
-                pairs = [(first, third), (second, third)]
-                if third != first and any(a == b or held_out("pair", a.name, b.name) for a, b in pairs):
+                if third == second or (not self.with_held_out and holds_unseen((first, second, third))):
                     continue
                 return [first, second, third], None

@@ -73,8 +73,13 @@ def build_reward(name: str, **args: Any) -> Reward:
     """A frozen reward by its name in REWARDS or by `package.module:Class`, built with `args`.
 
     Raises:
-        ValueError: no such reward, not a Reward, or arguments that its class does not take.
+        ValueError: no such reward, not a Reward, arguments that its class does not take, or the evaluator's model.
     """
+    for value in args.values():
+        if str(value).startswith(("emoji/evaluator", "emoji/identity")):
+            raise ValueError(
+                f"{name}: {value} belongs to the evaluator, which is never optimised nor watched in training."
+            )
     path = REWARDS.get(name, name)
     if ":" not in path:
         nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]

@@ -16,6 +16,8 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "alignprop_emoji.jsonl"
 SEEDS = (0, 1, 2)
@@ -46,7 +48,11 @@ def key(arm: str, seed: int) -> dict:
 
     config, overrides, prompts = ARMS[arm]
     text = (ROOT / "configs" / "alignprop" / f"{config}.yaml").read_text(encoding="utf-8")
-    digest = hashlib.sha256((text + json.dumps(overrides, sort_keys=True) + prompts).encode()).hexdigest()[:12]
+    settings = yaml.safe_load(text)
+    files = [ROOT / settings[name] for name in ("prompt_file", "validation_prompt_file")]
+    files += [Path(__file__).parent / "controls.py"] * bool(overrides)
+    text += json.dumps(overrides, sort_keys=True) + prompts + "".join(f.read_text(encoding="utf-8") for f in files)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return {"arm": arm, "seed": seed, "config": digest, "world_hash": world_hash()}
 
 
@@ -61,7 +67,8 @@ def run_cell(arm: str, seed: int) -> None:
 
     config, overrides, prompts = ARMS[arm]
     cell = key(arm, seed)
-    folder = ROOT / "runs" / "benchmarks" / f"{arm.replace(' ', '_').replace(':', '')}_{seed}_{cell['world_hash']}"
+    name = f"{arm.replace(' ', '_').replace(':', '')}_{seed}_{cell['config']}_{cell['world_hash']}"
+    folder = ROOT / "runs" / "benchmarks" / name
     command = [sys.executable, "training/alignprop.py", "--config", f"configs/alignprop/{config}.yaml"]
     command += ["--output_dir", str(folder), "--seed", str(seed)]
     for name, value in overrides.items():
@@ -79,9 +86,10 @@ def run_cell(arm: str, seed: int) -> None:
 
 def table() -> str:
     """Markdown: for each arm, every seed's gain in the figures that the arm is about."""
-    figures = ["aesthetic_gain_sd", "present", "alignment", "exact", "exact_matching", "present_kept"]
+    figures = ["aesthetic_gain_sd", "present", "alignment", "exact", "pieces_matching", "present_kept"]
     rows = ["| arm | seed | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
-    for cell in sorted(cells(), key=lambda c: (list(ARMS).index(c["arm"]), c["seed"])):
+    current = [cell for cell in cells() if key(cell["arm"], cell["seed"]).items() <= cell.items()]
+    for cell in sorted(current, key=lambda c: (list(ARMS).index(c["arm"]), c["seed"])):
         values = []
         for figure in figures:
             before, after = cell["base"].get(figure), cell["lora"].get(figure)
@@ -97,6 +105,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=list(ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
     args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
     if args.run:
         for seed in args.seed or SEEDS:
             for arm in args.arm or ARMS:

@@ -71,14 +71,14 @@ def identity(evaluator: Evaluator, drawn: torch.Tensor, real: torch.Tensor) -> f
     return float((evaluator.embed_identity(drawn) @ evaluator.embed_identity(real).T).mean())
 
 
-def others(evaluator: Evaluator, base, word: str, seed: int) -> float:
+def others(evaluator: Evaluator, base, sprite: sprites.Sprite, word: str, seed: int) -> float:
     """Share of the other contents that are there: the second object, and the background."""
     rng = np.random.default_rng(seed)
-    named = [s.name for s in sprites.of_tier("named") if s.name not in word]
+    named = [s.name for s in sprites.of_tier("named") if s != sprite]
     seconds = [named[i] for i in rng.permutation(len(named))[:24]]
     colors = [list(scenes.BACKGROUNDS)[i % len(scenes.BACKGROUNDS)] for i in range(24)]
     asked = [
-        f"a {word} and {prompts.article(n)} on {prompts.article(c + ' background')}"
+        f"{prompts.article(word)} and {prompts.article(n)} on {prompts.article(c + ' background')}"
         for n, c in zip(seconds, colors, strict=True)
     ]
     images = measure.draw(base, asked, seed=seed)
@@ -91,7 +91,7 @@ def run(sprite: sprites.Sprite, tint: str, seed: int) -> dict:
     shown, other = pictures(sprite, tint, 5, seed), pictures(sprite, tint, 16, seed + 1)
     real = identity(evaluator, other, shown)
     plain = load_base("emoji")
-    before = others(evaluator, plain, sprite.name, seed)
+    before = others(evaluator, plain, sprite, sprite.name, seed)
 
     tuned = load_base("emoji")
     train(tuned, shown, list(tuned.unet.parameters()), steps=200, learning_rate=1e-4, seed=seed)
@@ -116,8 +116,8 @@ def run(sprite: sprites.Sprite, tint: str, seed: int) -> dict:
         "share_of_real": round(full / real, 4),
         "textual_inversion": round(inversion, 4),
         "others_base": round(before, 4),
-        "others_inversion": round(others(evaluator, inverted, PLACEHOLDER, seed), 4),
-        "others_full": round(others(evaluator, tuned, PLACEHOLDER, seed), 4),
+        "others_inversion": round(others(evaluator, inverted, sprite, PLACEHOLDER, seed), 4),
+        "others_full": round(others(evaluator, tuned, sprite, PLACEHOLDER, seed), 4),
     }
 
 
@@ -131,8 +131,15 @@ def train_row(base, table: torch.nn.Parameter, token: int, images: torch.Tensor,
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concepts", type=int, default=6)
+    RESULTS.parent.mkdir(exist_ok=True)
+    rows = []
     for number, (sprite, tint) in enumerate(concepts(parser.parse_args().concepts)):
         row = run(sprite, tint, number)
+        rows.append(row)
         print(json.dumps(row), flush=True)
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+    share = np.mean([row["share_of_real"] for row in rows])
+    lost = np.mean([row["others_base"] - row["others_inversion"] for row in rows])
+    print(f"full fine-tuning reaches {share:.2f} of the real-to-real identity (gate: 0.8)")
+    print(f"Textual Inversion loses {100 * lost:.0f} points of the other contents (gate: at least 10)")

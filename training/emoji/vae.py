@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 
 from alignkit.emoji import WEIGHTS_DIR, fit, scenes
 
-WORLD = scenes.World(tiers=("named", "known", "tier_b"), named_share=0.45, overlap=0.3, with_held_out=True)
+WORLD = scenes.World(tiers=("named", "known"), named_share=0.45, overlap=0.3, with_held_out=True)
 
 
 def make_batch(rng: np.random.Generator, batch_size: int = 16) -> dict:
