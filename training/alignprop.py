@@ -154,7 +154,7 @@ def train(cfg: Config) -> Path:
     )
     if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
-    refuse_long_prompts(base, [*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
+    base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
     lora = add_lora(base.unet, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
@@ -361,17 +361,6 @@ def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
             a, b = down.detach().flatten(1), lora[name.replace(".lora_A.", ".lora_B.")].detach().flatten(1)
             squared += float(((b.T @ b) * (a @ a.T)).sum())
     return scale * math.sqrt(max(0.0, squared))
-
-
-def refuse_long_prompts(base: Base, prompts: list[str]) -> None:
-    """What `base.encode_prompt` refuses, before the run gets there."""
-    for prompt in prompts:
-        length = len(base.tokenizer(prompt).input_ids)
-        if length > base.tokenizer.model_max_length:
-            raise ValueError(
-                f"Prompt too long: {base.name} reads {base.tokenizer.model_max_length} tokens, this one has {length}. "
-                f"Shorten it: {prompt!r}"
-            )
 
 
 def probe_rewards(rewards: WeightedRewards, base: Base, resolution: int | None, prompts: Prompts) -> None:
