@@ -32,7 +32,8 @@ judges have three roles that are never mixed: `training/` (rewards), `monitor/` 
 (what is reported; `identity/` belongs to it).
 
 Everything below is measured by the evaluator (`alignkit evaluate world --save true` writes this file): the base on
-{prompts} prompts of which its U-Net saw no combination in training (25 DDIM steps, guidance 5), the judges on 512
+{prompts} prompts whose combinations were held out from its U-Net, but for the fault below
+(25 DDIM steps, guidance 5), the judges on 512
 fresh real scenes. "By matching" is the evaluator that has learned nothing (`alignkit/emoji/matching.py`); it
 undercounts where sprites touch, on real scenes too.
 

@@ -1,6 +1,6 @@
 """Reads a picture of the emoji world: which sprites, how many of each, their tint, the background's colour.
 
-The evaluator and the identity judge are Readers: convolutions and densities, another kind than the training judges.
+The evaluator and the identity judge are Readers: convolutions with a density, which also name what they count.
 """
 
 from dataclasses import dataclass

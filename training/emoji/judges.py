@@ -4,7 +4,7 @@
     python training/emoji/judges.py --judge all
 
 Pictures are spoilt as a generator would spoil them (alignkit/emoji/degrade.py). Judges of other roles have other
-seeds and widths, and the evaluator's are of another kind than the training judges.
+seeds and widths.
 """
 
 from argparse import ArgumentParser
