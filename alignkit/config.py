@@ -158,12 +158,19 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
 
 
 def _with_values(cls: type, argv: list[str]) -> list[str]:
-    """`--dry-run` and `--dry_run` as `--dry_run true`: a switch needs no value, and dashes do for underscores."""
-    switches = {name for name, kind in typing.get_type_hints(cls).items() if kind is bool}
+    """`--dry-run` and `--dry_run` as `--dry_run true`: a switch needs no value, and dashes do for underscores.
+
+    A list is emptied before it is set: jsonargparse would fill in what an item leaves out from the file's item there.
+    """
+    kinds = typing.get_type_hints(cls)
+    switches = {name for name, kind in kinds.items() if kind is bool}
+    lists = {name for name, kind in kinds.items() if typing.get_origin(kind) is list}
     complete = []
     for argument, following in zip(argv, [*argv, "--"][1:], strict=True):
         name = argument.removeprefix("--").replace("-", "_")
         is_switch = argument.startswith("--") and name in switches
+        if argument.startswith("--") and name in lists:
+            complete += [f"--{name}", "[]"]
         complete.append(f"--{name}" if is_switch else argument)
         if is_switch and following.startswith("--"):
             complete.append("true")

@@ -45,6 +45,11 @@ def test_file_then_overrides(file):
     assert cfg == Config("x", learning_rate=1e-5, lora=LoraConfig(rank=16), use_ema=True, rewards=rewards)
 
 
+def test_a_list_is_replaced_not_merged(file):
+    argv = file("output_dir: x\nrewards: [{name: a, weight: 2, args: {k: 1}}]")
+    assert parse(Config, [*argv, "--rewards", '[{"name": "b"}]']).rewards == [Reward("b")]
+
+
 def test_defaults_need_only_a_folder():
     assert parse(Config, ["--output_dir", "x"]) == Config(output_dir="x")
 

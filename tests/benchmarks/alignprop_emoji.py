@@ -31,7 +31,7 @@ ARMS = {
     "aesthetic + alignment": ("emoji_sum", {}, "singles"),
     "control: detached reward": (
         "emoji",
-        {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic"}]'},
+        {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic", "loss": "hinge", "target": 3.0}]'},
         "singles",
     ),
     "control: shuffled prompts": (
