@@ -117,10 +117,43 @@ def read_settings(png: str | Path) -> dict:
         return json.loads(image.info["alignkit"])["settings"]
 
 
+def check_data(
+    folder: str, condition: str | None = None, condition_column: str | None = None, model: str | None = None
+) -> None:
+    """Say of every file in a folder of images whether and why it is used; exits with 1 if one cannot be.
+
+    Args:
+        folder: Images with a metadata.jsonl: {"image": "0001.jpg", "text": "a cat"} and, for a control that is there
+            already, {"label": "0001.png"} or {"depth": ...}, ...
+        condition: Check the controls, too: segmentation, depth, softedge, lineart, canny, or package.module:Class.
+        condition_column: Key of the controls' files; the condition's own unless given.
+        model: Of the condition, where it is not the emoji world's.
+    """
+    from collections import Counter
+
+    from alignkit.conditions import build_condition
+    from alignkit.controls import check_folder
+
+    args = {} if model is None else {"model": model}
+    built = build_condition(condition, **args) if condition else None
+    rows, findings = check_folder(folder, built, condition_column)
+    for path, state, why in findings:
+        print(f"{state:7} {path}  {why}")
+    states = Counter(finding.state for finding in findings)
+    print(f"{len(rows)} images can be used, {states['error']} cannot, {states['unused']} files are not named.")
+    if states["error"]:
+        raise SystemExit(f"alignkit check: {states['error']} of {states['error'] + len(rows)} images cannot be used.")
+
+
 COMMANDS: dict[str, Callable | dict] = {
     "doctor": doctor,
+    "data": {"check": check_data},
     "generate": generate,
-    "evaluate": {"world": evaluate.world, "reward": evaluate.reward},
+    "evaluate": {
+        "world": evaluate.world,
+        "reward": evaluate.reward,
+        "controllability": evaluate.controllability,
+    },
 }
 
 

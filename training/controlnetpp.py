@@ -60,7 +60,7 @@ from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig, WeightedRewards, combine
 from alignkit.run import Run
 
-VALIDATION_SEED = 2**40  # of the validation's scenes, where no run's seeds are (they have 32 bits)
+VALIDATION_SEED = 1_000_000  # of the first validation example; the training's are hashes, spread over 32 bits
 
 
 @dataclass
@@ -195,7 +195,7 @@ def train(cfg: Config) -> Path:
     load = Loader(run, data, base, condition, size, cfg.cache)
     images = None
     for step in run.steps():
-        weight = cfg.reward_weight if step >= cfg.reward_start else 0.0
+        weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
         first = step * run.global_batch
         draws = {
             i: draw(cfg, run, base.schedule, rewarded_snr, step, i) for i in range(first, first + run.global_batch)
@@ -332,14 +332,12 @@ class Loader:
         if not self.cache:
             examples = list(self.pool.map(self.example, rows, generators))
             return Batch(*self.encode(examples), [example.prompt for example in examples])
-        missing = sorted({row for row in rows if row not in self.cached})
-        if missing:
-            examples = list(self.pool.map(self.example, missing, (torch.Generator() for _ in missing)))
-            pairs = zip(*(tensor.cpu() for tensor in self.encode(examples)), strict=True)
-            self.cached |= dict(zip(missing, pairs, strict=True))
-        x_0, targets = (
-            torch.stack(parts).to(self.run.device) for parts in zip(*(self.cached[row] for row in rows), strict=True)
-        )
+        for row in rows:
+            if row not in self.cached:  # alone: in which company an image first comes depends on when the run resumed
+                x_0, targets = self.encode([self.example(row, torch.Generator())])
+                self.cached[row] = (x_0[0].cpu(), targets[0].cpu())
+        cached = [self.cached[row] for row in rows]
+        x_0, targets = (torch.stack(parts).to(self.run.device) for parts in zip(*cached, strict=True))
         return Batch(x_0, targets, [self.data.prompt(row, g) for row, g in zip(rows, generators, strict=True)])
 
     def example(self, row: int, generator: torch.Generator) -> Example:

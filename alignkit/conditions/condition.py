@@ -70,8 +70,7 @@ class Condition(nn.Module):
             )
         # A trainer's autocast would round pixels to 8 bits of mantissa, and half precision overflows in a softmax.
         with torch.autocast(images.device.type, enabled=False):
-            images = images if images.dtype == torch.float64 else images.float()
-            losses = self.compare(self.predict(images), targets)
+            losses = self.compare(self.predict(at_least_float32(images)), targets)
         if losses.shape != (len(images),):
             raise ValueError(f"{name}: expected losses of shape ({len(images)},), got {tuple(losses.shape)}.")
         return losses
@@ -81,7 +80,7 @@ class Condition(nn.Module):
         """Targets [B,H,W] of images [B,3,H,W] in [0,1]."""
         check_images(images, type(self).__name__)
         with torch.autocast(images.device.type, enabled=False):
-            return self.as_targets(self.predict(images.float()))
+            return self.as_targets(self.predict(at_least_float32(images)))
 
     def train(self, mode: bool = True) -> "Condition":
         """Conditions stay in eval mode, also inside a module that trains."""
@@ -106,6 +105,10 @@ class PerImage(Metric):
         return self.total / self.number
 
 
+def at_least_float32(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.float64 else images.float()
+
+
 def gray(picture: Image.Image) -> Tensor:
     """A picture with one value a pixel, float32 [H,W] in the file's own units; colour that is no gray is refused."""
     if picture.mode in ("RGB", "RGBA"):
@@ -118,7 +121,7 @@ def gray(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture).astype(np.float32))
 
 
-def model_input(images: Tensor, resolution: int | None, multiple: int, mean: Tensor, std: Tensor) -> Tensor:
+def model_input(images: Tensor, resolution: int | None, multiple: int, mode: str, mean: Tensor, std: Tensor) -> Tensor:
     """Images [B,3,H,W] in [0,1] as a model wants them, with gradient.
 
     The shortest side becomes `resolution` (None: as it is), sides are rounded to a `multiple`, the aspect is kept.
@@ -127,5 +130,5 @@ def model_input(images: Tensor, resolution: int | None, multiple: int, mean: Ten
     scale = 1.0 if resolution is None else resolution / min(height, width)
     size = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
     if size != (height, width):
-        images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        images = F.interpolate(images, size=size, mode=mode, antialias=True).clamp(0, 1)
     return (images - mean) / std

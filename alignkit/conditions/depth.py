@@ -52,7 +52,7 @@ class Depth(Condition):
 
     def predict(self, images: Tensor) -> Tensor:
         """Depths [B,H,W] in the model's own unit."""
-        depths = self.estimator(pixel_values=model_input(images, **self.input(images))).predicted_depth.float()
+        depths = self.estimator(pixel_values=model_input(images, **self.input(images))).predicted_depth
         return F.interpolate(depths[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
     def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:

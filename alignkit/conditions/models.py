@@ -13,6 +13,7 @@ from alignkit.rewards.clip import LOADING, image_statistics
 
 __all__ = ["LOADING", "preprocessing"]
 
+BILINEAR = 2  # of PIL's filters; all other models here use 3, bicubic
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -35,6 +36,7 @@ def preprocessing(path: str, resolution: int | None) -> Callable[[Tensor], dict[
         return {
             "resolution": resolution or stated,
             "multiple": multiple,
+            "mode": "bilinear" if config.get("resample") == BILINEAR else "bicubic",
             "mean": mean.to(images),
             "std": std.to(images),
         }

@@ -60,9 +60,9 @@ class Segmentation(Condition):
         size = images.shape[-2:]
         output = self.segmenter(pixel_values=model_input(images, **self.input(images)))
         if not self.universal:
-            return F.interpolate(output.logits.float(), size=size, mode="bilinear", align_corners=False)
-        classes = output.class_queries_logits.float().softmax(-1)[..., :-1]  # without "no object"
-        masks = F.interpolate(output.masks_queries_logits.float(), size=size, mode="bilinear", align_corners=False)
+            return F.interpolate(output.logits, size=size, mode="bilinear", align_corners=False)
+        classes = output.class_queries_logits.softmax(-1)[..., :-1]  # without "no object"
+        masks = F.interpolate(output.masks_queries_logits, size=size, mode="bilinear", align_corners=False)
         return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid()).clamp(min=1e-6).log()
 
     def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
