@@ -191,8 +191,11 @@ def _add_commands(parser, commands: dict[str, Callable | dict]) -> None:
 def _add_options(parser, command: Callable) -> None:
     # jsonargparse takes a list as one value; on a command line one repeats the option.
     repeatable = {n for n, p in inspect.signature(command).parameters.items() if get_origin(p.annotation) is Sequence}
-    parser.add_function_arguments(command, as_group=False, skip=repeatable)
+    positional = {"folder"} & set(inspect.signature(command).parameters)
+    parser.add_function_arguments(command, as_group=False, skip=repeatable | positional)
     texts = {p.arg_name: p.description for p in _documentation(command).params}
+    for name in positional:
+        parser.add_argument(name, help=texts[name])
     for name in sorted(repeatable):
         parser.add_argument(f"--{name}", action="append", default=[], help=f"{texts[name]} May be repeated.")
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from alignkit.artifacts import atomic, save_tensors
 from alignkit.base import Base
@@ -121,6 +122,85 @@ def unet_predict(
         mid_block_additional_residual=mid.to(unet.dtype),
         **added,
     ).sample.float()
+
+
+def sd3_predict(
+    transformer: nn.Module,
+    controlnet: nn.Module,
+    x_t: Tensor,
+    timestep: Tensor,
+    control_latents: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    conditioning_scale: float = 1.0,
+) -> Tensor:
+    """SD3. x_t and control_latents [B,C,h,w], timestep [B] of 0 to 1000, embeddings [B,S,D] and [B,P] -> [B,C,h,w]."""
+    prompt = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds, "timestep": timestep}
+    with half_precision(transformer):
+        (residuals,) = controlnet(
+            x_t, control_latents, conditioning_scale=conditioning_scale, return_dict=False, **prompt
+        )
+    residuals = [residual.to(transformer.dtype) for residual in residuals]
+    return transformer(x_t.to(transformer.dtype), block_controlnet_hidden_states=residuals, **prompt).sample.float()
+
+
+def flux_predict(
+    transformer: nn.Module,
+    controlnet: nn.Module,
+    x_t: Tensor,
+    timestep: Tensor,
+    control_latents: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    guidance: Tensor | None = None,
+    conditioning_scale: float = 1.0,
+) -> Tensor:
+    """FLUX. As `sd3_predict`; h and w even; `guidance` [B] is the distilled models' input, 1 in training."""
+    height, width = x_t.shape[-2:]
+    prompt = {
+        "encoder_hidden_states": prompt_embeds,
+        "pooled_projections": pooled_prompt_embeds,
+        "timestep": timestep / 1000,
+        "guidance": guidance,
+        "txt_ids": x_t.new_zeros(prompt_embeds.shape[1], 3),
+        "img_ids": patch_ids(height // 2, width // 2).to(x_t),
+    }
+    with half_precision(transformer):
+        residuals, single_residuals = controlnet(
+            pack(x_t), pack(control_latents), conditioning_scale=conditioning_scale, return_dict=False, **prompt
+        )
+    residuals, single_residuals = (
+        None if some is None else [residual.to(transformer.dtype) for residual in some]
+        for some in (residuals, single_residuals)
+    )
+    output = transformer(
+        pack(x_t).to(transformer.dtype),
+        controlnet_block_samples=residuals,
+        controlnet_single_block_samples=single_residuals,
+        **prompt,
+    ).sample
+    return unpack(output.float(), height, width)
+
+
+def encode_control(vae: nn.Module, control: Tensor) -> Tensor:
+    """Control [B,3,H,W] in [0,1] -> latents [B,C,h,w] with the VAE's shift and scale, as SD3 and FLUX are shown it."""
+    latents = vae.encode(2 * control.to(vae.dtype) - 1).latent_dist.mode()
+    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B,C,h,w] -> [B,(h/2)(w/2),4C]: patches of 2 x 2 as FLUX's tokens."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def patch_ids(rows: int, columns: int) -> Tensor:
+    """[rows * columns, 3]: (0, row, column) of each of FLUX's tokens."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
 
 
 def half_precision(base: nn.Module) -> AbstractContextManager:

@@ -289,7 +289,7 @@ JUDGES = {  # function, widths, seed, steps
     "evaluator/reader": (reader, (32, 80, 144), 43, 4000),
     "identity/reader": (identity, (24, 64, 112), 44, 1500),
     "training/depth": (depth, (16, 32, 48, 64), 46, 1500),
-    "evaluator/segmenter": (other_segmenter, (24, 40, 56, 72), 47, 2000),
+    "evaluator/segmenter": (other_segmenter, (24, 40, 56, 64), 47, 2000),
     "evaluator/depth": (other_depth, (48, 16, 24, 32, 32), 48, 1500),
     "monitor/counter": (counter, (16, 40, 64), 45, 700),
 }
