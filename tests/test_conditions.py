@@ -1,10 +1,14 @@
 """Conditions: closed forms, identities, gradients, and what is refused."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from kornia.filters import canny
 from PIL import Image
 from torch.nn import functional as F
@@ -320,3 +324,15 @@ def test_model_input_keeps_the_aspect():
         assert model_input(torch.rand(1, 3, *size), 28, 14, "bicubic", mean, std).shape[-2:] == expected
     images = torch.rand(1, 3, 20, 20)
     assert torch.equal(model_input(images, None, 1, "bicubic", mean, std), images)
+
+
+def test_the_page_of_the_docs_runs(tmp_path, monkeypatch):
+    """The class and the YAML of docs/conditions.md, built from the folder that one works in."""
+    text = (Path(__file__).parent.parent / "docs" / "conditions.md").read_text()
+    code, config = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("python", "yaml"))
+    (tmp_path / "my_conditions.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    condition = build_condition(**yaml.safe_load(config)["condition"])
+    probe_condition(condition, 16, 16)
+    assert condition.control(condition.extract(torch.rand(1, 3, 8, 8))).shape == (1, 3, 8, 8)

@@ -409,6 +409,27 @@ def test_checkpointing_changes_no_gradient(config):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
+def test_checkpointing_the_decoder_saves_memory(tiny_model):
+    """Bytes that a decode keeps for its backward pass."""
+
+    def saved(base) -> int:
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            base.decode(torch.randn(2, 4, 8, 8, requires_grad=True))
+        return total
+
+    plain = load_base(tiny_model, random_init=True)
+    checkpointed = load_base(tiny_model, random_init=True)
+    checkpointed.vae.enable_gradient_checkpointing()
+    assert saved(checkpointed) < saved(plain) / 2
+
+
 def test_two_processes_equal_one(config, tmp_path):
     """A real torchrun of the script itself."""
     fields = {"max_train_steps": 3, "validation_steps": 3, "reward_timesteps": [0, 400]}
@@ -502,6 +523,22 @@ def test_bad_data_is_refused_before_the_run_begins(config, tmp_path):
 def test_a_timestep_beyond_the_schedule_is_refused(config):
     with pytest.raises(ValueError, match="at most 999, got 1000"):
         train(config(reward_timesteps=[0, 1000]))
+
+
+def test_images_that_are_not_finite_stop_the_run_with_the_samples_number(config, monkeypatch):
+    monkeypatch.setattr(
+        "alignkit.base.Base.decode", lambda self, latents: torch.full((len(latents), 3, 16, 16), math.nan)
+    )
+    with pytest.raises(FloatingPointError, match=r"not finite at step 0, samples \[0\] of \[0, 1\]"):
+        controlnet_steps_of_one_rewarded_sample(config, monkeypatch)
+
+
+def controlnet_steps_of_one_rewarded_sample(config, monkeypatch):
+    """With `draw` rewarding sample 0 alone, and a validation that draws nothing."""
+    real = controlnetpp.draw
+    monkeypatch.setattr(controlnetpp, "draw", lambda *args: real(*args)._replace(rewarded=args[-1] == 0))
+    monkeypatch.setattr(controlnetpp.Validation, "measure", lambda self: (torch.zeros(3, 3, 16, 16), {}))
+    train(config())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):

@@ -81,7 +81,7 @@ class Config(RunConfig):
     train_data_dir: str = "emoji"
     """"emoji" (scenes drawn on the fly) or a folder of images with metadata.jsonl: `alignkit data check` says how."""
     validation_data_dir: str | None = None
-    """The same, for validation; null takes the first images of train_data_dir (other scenes, for the emoji world)."""
+    """The same, for validation; null takes the first images of train_data_dir (for the emoji world, other scenes)."""
     condition_column: str | None = None
     """Key of metadata.jsonl with the controls' files; null is the condition's own, such as label or depth."""
     resolution: int | None = None
@@ -160,8 +160,9 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, a ControlNet of diffusers with a card."""
     condition = build_condition(cfg.condition.name, **cfg.condition.args)
     data = open_controls(cfg.train_data_dir, condition, cfg.condition_column, cfg.crop)
-    held_back = cfg.validation_data_dir or cfg.train_data_dir
-    fixed = open_controls(held_back, condition, cfg.condition_column, "center")
+    fixed = data
+    if cfg.validation_data_dir:
+        fixed = open_controls(cfg.validation_data_dir, condition, cfg.condition_column)
 
     run = Run(cfg, "controlnetpp")
     base = load_base(
@@ -196,10 +197,8 @@ def train(cfg: Config) -> Path:
     images = None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
-        first = step * run.global_batch
-        draws = {
-            i: draw(cfg, run, base.schedule, rewarded_snr, step, i) for i in range(first, first + run.global_batch)
-        }
+        everywhere = range(step * run.global_batch, (step + 1) * run.global_batch)  # also of other processes
+        draws = {index: draw(cfg, run, base.schedule, rewarded_snr, step, index) for index in everywhere}
         rewarded = sum(d.rewarded for d in draws.values()) if weight else 0
         per_rewarded = run.global_batch / max(1, rewarded)  # makes the mean over all samples the mean over the rewarded
         measured = []
@@ -271,7 +270,11 @@ def controlnet_losses(
         predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
         images = decode(predicted_x_0)
         outside = ((images.detach() <= 0) | (images.detach() >= 1)).flatten(1).float().mean(1)
-        reward = reward.index_copy(0, rows, consistency_loss(images, rows).to(reward.dtype))
+        if images.isfinite().all():
+            compared = consistency_loss(images, rows)
+        else:  # no condition takes them; as a loss, they stop the run with the samples' numbers
+            compared = images.flatten(1).sum(1)
+        reward = reward.index_copy(0, rows, compared.to(reward.dtype))
         clamped = clamped.index_copy(0, rows, outside)
     return Losses(diffusion, reward, clamped)
 
@@ -282,8 +285,8 @@ def draw(
     """By the sample's global index alone, so that every process knows how many of the global batch are rewarded."""
     generator = run.generator(step, index, "draw")
     timestep = draw_timestep(schedule, generator)
-    drop_prompt, drop_condition = (torch.rand(2, generator=generator) < torch.tensor(
-        [cfg.prompt_dropout, cfg.condition_dropout])).tolist()  # fmt: skip
+    drop_prompt = bool(torch.rand((), generator=generator) < cfg.prompt_dropout)
+    drop_condition = bool(torch.rand((), generator=generator) < cfg.condition_dropout)
     low, high = rewarded_snr
     in_range = low <= float(schedule.snr(timestep)) <= high
     return Draw(timestep, drop_prompt, drop_condition, in_range and not drop_condition)

@@ -105,9 +105,11 @@ class MeanIoU(MulticlassJaccardIndex):
 
 
 def distinct_colors(number: int) -> Tensor:
-    """[number,3] in [0,1]: neighbours in number are far apart in hue, no two are equal, none is black."""
-    colors = [colorsys.hsv_to_rgb(0.618034 * i % 1, 1 - 0.25 * (i // 3 % 3), 1 - 0.25 * (i % 3)) for i in range(number)]
-    return torch.tensor(colors).mul(255).round() / 255
+    """[number,3] in [0,1]: class 0, often the background, is dark gray; neighbours in number are far apart in hue."""
+    colors = [(0.25, 0.25, 0.25)]
+    for i in range(1, number):
+        colors.append(colorsys.hsv_to_rgb(0.618034 * i % 1, 1 - 0.25 * (i // 3 % 3), 1 - 0.25 * (i % 3)))
+    return torch.tensor(colors[:number]).mul(255).round() / 255
 
 
 def read_palette(path: str, number: int) -> Tensor:
