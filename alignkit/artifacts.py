@@ -282,6 +282,18 @@ def plot_curves(events: Sequence[Mapping[str, Any]], path: str | os.PathLike) ->
         figure.savefig(temporary, format="png", dpi=100)
 
 
+def save_strip(path: str | os.PathLike, rows: Sequence[Tensor], side: int = 128) -> None:
+    """Writes rows of images, each [N, 3, H, W] in [0, 1], below each other as a PNG; small ones enlarged to `side`."""
+    from diffusers.utils import make_image_grid, numpy_to_pil
+    from PIL.Image import Resampling
+
+    pictures = numpy_to_pil(torch.cat(list(rows)).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+    zoom = max(1, side // pictures[0].width)
+    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
+    with atomic(path) as temporary:
+        make_image_grid(pictures, rows=len(rows), cols=len(rows[0])).save(temporary, "PNG")
+
+
 def write_card(
     folder: str | os.PathLike,
     *,

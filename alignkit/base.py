@@ -84,11 +84,16 @@ class Base:
         # The difference is exactly zero: the value is the clamped one to the last bit, and NaN stays NaN.
         return images.clamp(0, 1).detach() + (images - images.detach())
 
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a height x width image; the size the model was trained at unless told."""
         size = self.unet.config.sample_size
         default = (size, size) if isinstance(size, int) else tuple(size)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = self.vae_scale_factor
         for pixels in (height, width):
             if pixels is not None and (pixels <= 0 or pixels % factor):
                 raise ValueError(f"Image sides of {self.name} are multiples of {factor} pixels, got {pixels}.")

@@ -117,10 +117,43 @@ def read_settings(png: str | Path) -> dict:
         return json.loads(image.info["alignkit"])["settings"]
 
 
+def check_data(
+    folder: str, condition: str | None = None, condition_column: str | None = None, model: str | None = None
+) -> None:
+    """Say of every file in a folder of images whether and why it is used; exits with 1 if one cannot be.
+
+    Args:
+        folder: Images with a metadata.jsonl: {"image": "0001.jpg", "text": "a cat"} and, for a control that is there
+            already, {"label": "0001.png"} or {"depth": ...}, ...
+        condition: Check the controls, too: segmentation, depth, softedge, lineart, canny, or package.module:Class.
+        condition_column: Key of the controls' files; the condition's own unless given.
+        model: Of the condition, where it is not the emoji world's.
+    """
+    from collections import Counter
+
+    from alignkit.conditions import build_condition
+    from alignkit.controls import check_folder
+
+    args = {} if model is None else {"model": model}
+    built = build_condition(condition, **args) if condition else None
+    rows, findings = check_folder(folder, built, condition_column)
+    for path, state, why in findings:
+        print(f"{state:7} {path}  {why}")
+    states = Counter(finding.state for finding in findings)
+    print(f"{len(rows)} images can be used, {states['error']} cannot, {states['unused']} files are not named.")
+    if states["error"]:
+        raise SystemExit(f"alignkit check: {states['error']} of {states['error'] + len(rows)} images cannot be used.")
+
+
 COMMANDS: dict[str, Callable | dict] = {
     "doctor": doctor,
+    "data": {"check": check_data},
     "generate": generate,
-    "evaluate": {"world": evaluate.world, "reward": evaluate.reward},
+    "evaluate": {
+        "world": evaluate.world,
+        "reward": evaluate.reward,
+        "controllability": evaluate.controllability,
+    },
 }
 
 
@@ -158,8 +191,11 @@ def _add_commands(parser, commands: dict[str, Callable | dict]) -> None:
 def _add_options(parser, command: Callable) -> None:
     # jsonargparse takes a list as one value; on a command line one repeats the option.
     repeatable = {n for n, p in inspect.signature(command).parameters.items() if get_origin(p.annotation) is Sequence}
-    parser.add_function_arguments(command, as_group=False, skip=repeatable)
+    positional = {"folder"} & set(inspect.signature(command).parameters)
+    parser.add_function_arguments(command, as_group=False, skip=repeatable | positional)
     texts = {p.arg_name: p.description for p in _documentation(command).params}
+    for name in positional:
+        parser.add_argument(name, help=texts[name])
     for name in sorted(repeatable):
         parser.add_argument(f"--{name}", action="append", default=[], help=f"{texts[name]} May be repeated.")
 

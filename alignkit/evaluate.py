@@ -102,6 +102,134 @@ def reward(
     return rows
 
 
+EVALUATION_SEED = 2_000_000  # of the first evaluation scene; validations during training start at another
+EVALUATORS = {"segmentation": "emoji/evaluator/segmenter", "depth": "emoji/evaluator/depth"}
+
+
+def controllability(
+    controlnet: Sequence[str] = (),
+    condition: str = "segmentation",
+    evaluator: str | None = None,
+    base: str = "emoji",
+    data_dir: str = "emoji",
+    clip: str = "emoji/evaluator/clip",
+    number: int = 256,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 5.0,
+    negative_prompt: str = "",
+    controlnet_conditioning_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    results: str | None = None,
+) -> list[dict]:
+    """Compare ControlNets by what can be read off their images again, on the same controls, prompts and noise.
+
+    The first row, "real", is of the data's own images after a round trip through the VAE: what no ControlNet passes.
+    Soft edges, line art and canny are read by the same formula as in training, since nothing in it was learned.
+
+    Args:
+        controlnet: Folder or Hub name of a ControlNet.
+        condition: segmentation, depth, softedge, lineart, canny, or package.module:Class.
+        evaluator: The condition's model; the emoji world's evaluator unless given. Never the one of the training.
+        base: Base model.
+        data_dir: "emoji" for fresh scenes, or a folder with metadata.jsonl.
+        clip: Of the text-image score and of the features of KID and diversity.
+        number: How many images.
+        num_inference_steps: DDIM steps.
+        guidance_scale: Of classifier-free guidance.
+        negative_prompt: What to steer away from.
+        controlnet_conditioning_scale: Strength of the ControlNet's residuals.
+        seed: Of the noise: image i starts from seed + i.
+        batch_size: Images drawn at once.
+        results: JSONL file to append one line per row to.
+    """
+    import torch
+
+    from alignkit.base import load_base
+    from alignkit.conditions import build_condition
+    from alignkit.controlnet import draw_controlled, load_controlnet
+    from alignkit.controls import open_controls
+    from alignkit.emoji import measure, resolve
+    from alignkit.rewards.clip import ClipEncoder
+
+    model = evaluator or EVALUATORS.get(condition)
+    judge = build_condition(condition, evaluator=True, **({"model": model} if model else {}))
+    data = open_controls(data_dir, judge)
+    encoder, loaded = ClipEncoder(resolve(clip)), load_base(base)
+    _, height, width = loaded.latent_shape()
+    size = (height * loaded.vae_scale_factor, width * loaded.vae_scale_factor)
+    number = number if data.size is None else min(number, data.size)
+    generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
+    examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
+    real, prompts = torch.stack([example.image for example in examples]), [example.prompt for example in examples]
+    targets = torch.stack([judge.extract(e.image[None])[0] if e.target is None else e.target for e in examples])
+    with torch.no_grad():
+        features = measure.in_batches(encoder.embed_images, real)
+    settings = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
+    shared = {
+        "condition": condition, "evaluator": model or condition, "clip": clip, "base": base, "data": data_dir,
+        "number": number, "seed": seed, "scheduler": "DDIM", "height": size[0], "width": size[1],
+        "controlnet_conditioning_scale": controlnet_conditioning_scale, **settings,
+    }  # fmt: skip
+    if base == "emoji":
+        shared["world_hash"] = measure.world_hash()
+    rows = []
+    for name in ("real", *controlnet):
+        if name == "real":
+            with torch.no_grad():
+                images = measure.in_batches(lambda x: loaded.decode(loaded.encode(x)), real)
+        else:
+            images = draw_controlled(
+                loaded,
+                load_controlnet(name, loaded.unet, loaded.vae_scale_factor),
+                judge.control(targets).float(),
+                prompts,
+                range(seed, seed + number),
+                conditioning_scale=controlnet_conditioning_scale,
+                batch_size=batch_size,
+                **settings,
+            )
+        scores = control_scores(judge, images, targets) | image_scores(encoder, images, prompts, features)
+        rows.append({"model": name, **shared, **{key: round(value, 5) for key, value in scores.items()}})
+        print(json.dumps(rows[-1], indent=1))
+    if results:
+        with open(results, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+def control_scores(judge, images, targets) -> dict[str, float]:
+    """The condition's metrics over the whole set: images [N, 3, H, W], targets [N, H, W]."""
+    metrics = judge.metrics()
+    for some, wanted in zip(images.split(32), targets.split(32), strict=True):
+        extracted = judge.extract(some)
+        for metric in metrics.values():
+            metric.update(extracted, wanted)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def image_scores(encoder, images, prompts: list[str], real_features) -> dict[str, float]:
+    """Mean cosine with the prompts; KID to the real images and mean distance of two images, on the same features."""
+    import torch
+    from torch.nn import functional as F
+    from torchmetrics.image.kid import poly_mmd
+
+    with torch.no_grad():
+        features = torch.cat([encoder.embed_images(some) for some in images.split(32)])
+        alignment = (features * encoder.embed_prompts(prompts)).sum(-1).mean()
+    scores = {"alignment": float(alignment)}
+    if len(features) > 1:
+        # unit vectors, scaled to entries of order 1, which the kernel (x.y / d + 1)^3 is made for
+        scale = features.shape[1] ** 0.5
+        scores["KID"] = float(poly_mmd(scale * real_features, scale * features))
+        scores["diversity"] = float(F.pdist(features).mean())
+    return scores
+
+
 def prompt_set(name: str, unseen: bool) -> list:
     from alignkit.emoji import prompts
 

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig
 
 from alignkit.artifacts import LORA_WEIGHTS, read_events
 from alignkit.base import Base, load_base
@@ -22,6 +20,7 @@ from alignkit.emoji import WEIGHTS_DIR
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from alignkit.sampling import PLANS
+from tests.tiny import write_tiny_model
 from training import alignprop
 from training.alignprop import Config, EarlyStopConfig, PlanConfig, reason_to_stop, train
 
@@ -32,43 +31,7 @@ RED = "tests.toy_rewards:Red"
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> str:
     """A diffusers folder of configs, for random_init."""
-    folder = tmp_path_factory.mktemp("tiny")
-    UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=4,
-    ).save_config(folder / "unet")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).save_config(folder / "vae")
-    CLIPTextConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        max_position_embeddings=40,
-        projection_dim=16,
-    ).save_pretrained(folder / "text_encoder")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    return str(folder)
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

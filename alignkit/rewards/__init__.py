@@ -3,12 +3,8 @@
 `build_reward("alignment")` is one of ours, `build_reward("package.module:Class")` one of yours: docs/rewards.md.
 """
 
-import difflib
-import importlib
 import math
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alignkit.named import build_named, refuse_evaluators
 from alignkit.rewards.reward import Reward, column, frozen
 
 __all__ = [
     "REWARDS", "Combined", "Reward", "RewardConfig", "WeightedRewards",
-    "build_reward", "column", "combine", "frozen", "probe", "shape_loss",
+    "build_reward", "column", "combine", "frozen", "probe", "probe_gradient", "shape_loss",
 ]  # fmt: skip
 
 # Paths, not classes: a scorer's libraries load only when it is asked for.
@@ -75,33 +72,8 @@ def build_reward(name: str, **args: Any) -> Reward:
     Raises:
         ValueError: no such reward, not a Reward, arguments that its class does not take, or the evaluator's model.
     """
-    for value in args.values():
-        if str(value).startswith(("emoji/evaluator", "emoji/identity")):
-            raise ValueError(
-                f"{name}: {value} belongs to the evaluator, which is never optimised nor watched in training."
-            )
-    path = REWARDS.get(name, name)
-    if ":" not in path:
-        nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"expected one of {', '.join(REWARDS)} or package.module:Class, got {name!r}; the nearest is {nearest!r}."
-        )
-    module_name, _, class_name = path.partition(":")
-    # One's own reward may lie in the folder that a script of training/ is launched from.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name, None)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"expected {module_name!r} of {path!r} to be importable from {os.getcwd()}: {error}."
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Reward)):
-        raise ValueError(f"expected {path!r} to be a subclass of alignkit.rewards.Reward, got {cls!r}.")
-    try:
-        return frozen(cls(**args))
-    except TypeError as error:
-        raise ValueError(f"{name}: could not be built from args {args}: {error}.") from error
+    refuse_evaluators(name, args)
+    return frozen(build_named(name, REWARDS, Reward, args))
 
 
 class Combined(NamedTuple):
@@ -176,8 +148,20 @@ def probe(
             f"{name} declares differentiable = False, and this method needs the gradient of its reward: use it to "
             "monitor or evaluate, or train on a differentiable substitute (compressibility for a JPEG file's size)."
         )
-    images = probe_images(len(prompts), height, width).to(device).requires_grad_()
-    scores = reward(images, prompts, **columns)
+    probe_gradient(name, lambda images: reward(images, prompts, **columns), len(prompts), height, width, device)
+
+
+def probe_gradient(
+    name: str,
+    score: Callable[[Tensor], Tensor],
+    batch_size: int,
+    height: int,
+    width: int,
+    device: torch.device | str,
+) -> None:
+    """Raises ValueError unless score(images [B,3,H,W]) -> [B] is finite with a finite, non-zero gradient everywhere."""
+    images = probe_images(batch_size, height, width).to(device).requires_grad_()
+    scores = score(images)
     if not scores.isfinite().all():
         raise ValueError(f"{name}: expected finite scores, got {scores.tolist()}: look for log, sqrt or division at 0.")
     if not scores.requires_grad:
@@ -194,7 +178,7 @@ def probe(
             )
         if not image_gradient.any():
             raise ValueError(
-                f"{name}: the gradient of image {i} of {len(prompts)} is zero. Rounding, comparison, argmax, clamps or "
+                f"{name}: the gradient of image {i} of {batch_size} is zero. Rounding, comparison, argmax, clamps or "
                 "thresholds that nothing passes cut it; so does scoring only the first image of a batch."
             )
 

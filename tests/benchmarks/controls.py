@@ -1,4 +1,4 @@
-"""Rewards that must teach nothing: the negative controls of the AlignProp experiments."""
+"""Rewards and conditions that must teach nothing: the negative controls of the experiments."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.conditions.segmentation import IGNORE, Segmentation
 from alignkit.rewards.aesthetic import Aesthetic
 from alignkit.rewards.alignment import Alignment
 
@@ -27,3 +28,23 @@ class ShuffledAlignment(Alignment):
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         return super().score(images, [*prompts[1:], prompts[0]], **columns)
+
+
+class PermutedSegmentation(Segmentation):
+    """Asks for classes that are not there: every class but the background is exchanged for another one."""
+
+    def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        others = 1 + torch.randperm(self.num_classes - 1, generator=torch.Generator().manual_seed(0))
+        exchanged = torch.cat([torch.zeros(1, dtype=torch.long), others]).to(targets.device)
+        return super().compare(predicted, torch.where(targets == IGNORE, IGNORE, exchanged[targets % self.num_classes]))
+
+
+class DetachedSegmentation(Segmentation):
+    """The cross-entropy with a gradient that is too small to change the last bit of the diffusion loss's.
+
+    A loss with no gradient at all is refused by the probe before training starts.
+    """
+
+    def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        hidden = predicted.detach()
+        return super().compare(hidden + 1e-30 * (predicted - hidden), targets)

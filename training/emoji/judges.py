@@ -1,4 +1,4 @@
-"""Train the emoji world's other judges on exact labels: counters, segmenter, the evaluator's reader, identity.
+"""Train the emoji world's other judges on exact labels: counters, segmenter, the evaluator's reader, identity, depth.
 
     python training/emoji/judges.py --judge training/counter
     python training/emoji/judges.py --judge all
@@ -16,10 +16,17 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import nn
 from transformers import (
+    ConvNextConfig,
+    DPTConfig,
+    DPTForDepthEstimation,
+    GLPNConfig,
+    GLPNForDepthEstimation,
     PreTrainedModel,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
 )
 
 from alignkit.emoji import WEIGHTS_DIR, degrade, fit, scenes, sprites
@@ -59,6 +66,7 @@ def batches(world: scenes.World, degraded: degrade.Degrader, stride: int = 0) ->
             "images": degraded(fit.to_float(np.stack([r.image for r in rendered])), rng),
             "class_map": torch.from_numpy(np.stack([r.class_map for r in rendered])),
             "instance_map": torch.from_numpy(np.stack([r.instance_map for r in rendered])),
+            "depth": torch.from_numpy(np.stack([r.depth for r in rendered])),
             "background": torch.tensor([BACKGROUNDS.index(s.background) for s in drawn]),
             "tint": torch.full((BATCH_SIZE, 5), len(TINTS)),  # of object number i at i + 1
         }
@@ -183,6 +191,76 @@ def segmenter(name: str, widths: tuple, seed: int, steps: int, degraded: degrade
     train(name, model, loss_fn, batches(EVERYTHING, degraded), seed, steps, learning_rate=1.5e-3)
 
 
+def other_segmenter(name: str, widths: tuple, seed: int, steps: int, degraded: degrade.Degrader) -> None:
+    """The evaluator's: UperNet on a ConvNeXt, all convolutions, where the training's is a transformer."""
+    torch.manual_seed(seed)
+    labels = ["background", *NAMES]
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = ConvNextConfig(
+        patch_size=2, hidden_sizes=list(widths), depths=[1, 1, 1, 1], drop_path_rate=0.0, out_features=stages
+    )
+    model = UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone, hidden_size=32, pool_scales=[1, 2, 4], use_auxiliary_head=False,
+            id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
+        )
+    )  # fmt: skip
+
+    def loss_fn(batch: dict, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        # not the class's forward, which enlarges a logit of every class to every pixel
+        features = model.backbone((batch["images"] - 0.5) / 0.25).feature_maps
+        logits, target = at_points(model.decode_head(features), batch["class_map"], generator)
+        right = logits.argmax(1) == target
+        return F.cross_entropy(logits, target), {
+            "points": right.float().mean().item(),
+            "on_sprite": right[target > 0].float().mean().item(),
+        }
+
+    train(name, model, loss_fn, batches(EVERYTHING, degraded), seed, steps, learning_rate=1.5e-3)
+
+
+def depth_loss(predicted: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
+    """Mean absolute error [0, 1], half of it on the sprites, which are planes on a floor that rises."""
+    predicted = F.interpolate(predicted.float()[:, None], size=scenes.SIZE, mode="bilinear", align_corners=False)[:, 0]
+    error, on_sprite = (predicted - batch["depth"]).abs(), (batch["class_map"] > 0).float()
+    sprites_error = (error * on_sprite).sum() / on_sprite.sum().clamp(min=1)
+    return error.mean() + sprites_error, {"error": error.mean().item(), "on_sprite": sprites_error.item()}
+
+
+def depth(name: str, widths: tuple, seed: int, steps: int, degraded: degrade.Degrader) -> None:
+    torch.manual_seed(seed)
+    model = GLPNForDepthEstimation(
+        GLPNConfig(
+            num_encoder_blocks=4, depths=[1, 1, 1, 1], sr_ratios=[4, 2, 1, 1], hidden_sizes=list(widths),
+            patch_sizes=[7, 3, 3, 3], strides=[4, 2, 2, 2], num_attention_heads=[1, 2, 4, 4], mlp_ratios=[2, 2, 2, 2],
+            decoder_hidden_size=24, max_depth=1, drop_path_rate=0.0,
+        )
+    )  # fmt: skip
+
+    def loss_fn(batch: dict, _: torch.Generator) -> tuple[torch.Tensor, dict]:
+        return depth_loss(model((batch["images"] - 0.5) / 0.25).predicted_depth, batch)
+
+    train(name, model, loss_fn, batches(EVERYTHING, degraded), seed, steps)
+
+
+def other_depth(name: str, widths: tuple, seed: int, steps: int, degraded: degrade.Degrader) -> None:
+    """The evaluator's: DPT, a plain vision transformer with a convolutional decoder."""
+    torch.manual_seed(seed)
+    hidden_size, *neck = widths
+    model = DPTForDepthEstimation(
+        DPTConfig(
+            image_size=scenes.SIZE, patch_size=8, hidden_size=hidden_size, num_hidden_layers=4, num_attention_heads=4,
+            intermediate_size=2 * hidden_size, backbone_out_indices=[0, 1, 2, 3], reassemble_factors=[2, 1, 0.5, 0.25],
+            neck_hidden_sizes=neck, fusion_hidden_size=16, readout_type="add", use_auxiliary_head=False,
+        )
+    )  # fmt: skip
+
+    def loss_fn(batch: dict, _: torch.Generator) -> tuple[torch.Tensor, dict]:
+        return depth_loss(model((batch["images"] - 0.5) / 0.25).predicted_depth, batch)
+
+    train(name, model, loss_fn, batches(EVERYTHING, degraded), seed, steps)
+
+
 def train(
     name: str,
     model: nn.Module,
@@ -210,6 +288,9 @@ JUDGES = {  # function, widths, seed, steps
     "training/segmenter": (segmenter, (24, 40, 64, 96), 42, 2500),
     "evaluator/reader": (reader, (32, 80, 144), 43, 4000),
     "identity/reader": (identity, (24, 64, 112), 44, 1500),
+    "training/depth": (depth, (16, 32, 48, 64), 46, 1500),
+    "evaluator/segmenter": (other_segmenter, (24, 40, 56, 64), 47, 2000),
+    "evaluator/depth": (other_depth, (48, 16, 24, 32, 32), 48, 1500),
     "monitor/counter": (counter, (16, 40, 64), 45, 700),
 }
 

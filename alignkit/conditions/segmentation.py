@@ -1,0 +1,122 @@
+"""Semantic segmentation: a class for every pixel."""
+
+import colorsys
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassJaccardIndex
+from transformers import (
+    AutoConfig,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
+
+from alignkit.conditions.condition import Condition, model_input
+from alignkit.conditions.models import LOADING, preprocessing
+from alignkit.emoji import resolve
+from alignkit.rewards.reward import frozen
+
+IGNORE = 255  # of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff
+
+
+class Segmentation(Condition):
+    """Class labels by a segmenter; cross-entropy, as ControlNet++ (section 3.3).
+
+    The logits are resized to the labels, as in the training of transformers' own segmenters; ControlNet++'s code
+    resizes the labels to the logits, which loses what is thinner than the network's stride.
+
+    Args:
+        model: a folder or Hub name of a semantic segmenter (SegFormer, UperNet, DPT, ...) or a universal one
+            (Mask2Former, MaskFormer, OneFormer).
+        palette: a JSON file with an [R, G, B] of 0 to 255 for every class, for a ControlNet that was trained on some;
+            otherwise a fixed set of colours that differ.
+        resolution: shortest side at which the model sees images; null is its preprocessor's.
+    """
+
+    column = "label"
+
+    def __init__(
+        self, model: str = "emoji/training/segmenter", palette: str | None = None, resolution: int | None = None
+    ):
+        super().__init__()
+        path = resolve(model)
+        self.universal = AutoConfig.from_pretrained(path).model_type in UNIVERSAL
+        kind = AutoModelForUniversalSegmentation if self.universal else AutoModelForSemanticSegmentation
+        self.segmenter = frozen(kind.from_pretrained(path, **LOADING))
+        self.input = preprocessing(path, resolution)
+        self.num_classes = self.segmenter.config.num_labels
+        colors = distinct_colors(self.num_classes) if palette is None else read_palette(palette, self.num_classes)
+        self.register_buffer("palette", torch.cat([colors, torch.zeros(1, 3)]), persistent=False)  # last: unlabelled
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [B,C,H,W] (log scores, for a universal segmenter)."""
+        size = images.shape[-2:]
+        output = self.segmenter(pixel_values=model_input(images, **self.input(images)))
+        if not self.universal:
+            return F.interpolate(output.logits, size=size, mode="bilinear", align_corners=False)
+        classes = output.class_queries_logits.softmax(-1)[..., :-1]  # without "no object"
+        masks = F.interpolate(output.masks_queries_logits, size=size, mode="bilinear", align_corners=False)
+        return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid()).clamp(min=1e-6).log()
+
+    def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, the mean over an image's labelled pixels; 0 where none is labelled."""
+        per_pixel = F.cross_entropy(predicted, targets, ignore_index=IGNORE, reduction="none")
+        return per_pixel.sum((1, 2)) / (targets != IGNORE).sum((1, 2)).clamp(min=1)
+
+    def as_targets(self, predicted: Tensor) -> Tensor:
+        return predicted.argmax(1)
+
+    def control(self, targets: Tensor) -> Tensor:
+        colors = self.palette[targets.masked_fill(targets == IGNORE, self.num_classes)]
+        return colors.permute(0, 3, 1, 2).contiguous()
+
+    def read(self, picture: Image.Image) -> Tensor:
+        if picture.mode not in ("L", "I", "I;16"):
+            raise ValueError(
+                f"expected one class number a pixel (PNG of mode L or I;16), got mode {picture.mode}: colours do not "
+                "survive resizing, so convert palette or RGB labels to numbers"
+            )
+        labels = torch.from_numpy(np.asarray(picture).astype(np.int64))
+        unknown = labels[(labels >= self.num_classes) & (labels != IGNORE)].unique().tolist()
+        if unknown:
+            raise ValueError(
+                f"expected classes 0 to {self.num_classes - 1}, or {IGNORE} for unlabelled, got {unknown[:5]}"
+            )
+        return labels
+
+    def metrics(self) -> dict[str, Metric]:
+        """Intersections and unions are summed over all images; classes that occur nowhere do not count."""
+        return {"mIoU": MeanIoU(self.num_classes)}
+
+
+class MeanIoU(MulticlassJaccardIndex):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes, ignore_index=IGNORE, validate_args=False)
+
+    def update(self, extracted: Tensor, targets: Tensor) -> None:
+        super().update(extracted, targets)
+
+
+def distinct_colors(number: int) -> Tensor:
+    """[number,3] in [0,1]: class 0, often the background, is dark gray; neighbours in number are far apart in hue."""
+    colors = [(0.25, 0.25, 0.25)]
+    for i in range(1, number):
+        colors.append(colorsys.hsv_to_rgb(0.618034 * i % 1, 1 - 0.25 * (i // 3 % 3), 1 - 0.25 * (i % 3)))
+    return torch.tensor(colors[:number]).mul(255).round() / 255
+
+
+def read_palette(path: str, number: int) -> Tensor:
+    try:
+        colors = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8")), dtype=torch.float32)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"palette {path}: expected a JSON list of [R, G, B]: {error}") from error
+    if colors.shape != (number, 3) or colors.min() < 0 or colors.max() > 255:
+        raise ValueError(f"palette {path}: expected {number} colours [R, G, B] of 0 to 255, got {list(colors.shape)}")
+    return colors / 255

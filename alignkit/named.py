@@ -1,0 +1,50 @@
+"""What a config names: one of ours by a short name, one's own by `package.module:Class`."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapping[str, Any]) -> T:
+    """An object of the class that `table` has under `name`, or of the class `package.module:Class`, made with `args`.
+
+    Raises:
+        ValueError: no such name or module, not a subclass of `parent`, or arguments that its class does not take.
+    """
+    path = table.get(name, name)
+    if ":" not in path:
+        nearest = difflib.get_close_matches(name, table, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"expected one of {', '.join(table)} or package.module:Class, got {name!r}; the nearest is {nearest!r}."
+        )
+    module_name, _, class_name = path.partition(":")
+    # One's own class may lie in the folder that a script of training/ is launched from.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"expected {module_name!r} of {path!r} to be importable from {os.getcwd()}: {error}."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, parent)):
+        known = f"{parent.__module__.rpartition(chr(46))[0]}.{parent.__name__}"  # where its package exports it
+        raise ValueError(f"expected {path!r} to be a subclass of {known}, got {cls!r}.")
+    try:
+        return cls(**args)
+    except TypeError as error:
+        raise ValueError(f"{name}: could not be built from args {dict(args)}: {error}.") from error
+
+
+def refuse_evaluators(name: str, args: Mapping[str, Any]) -> None:
+    """Raises ValueError where an argument names a model of the emoji world's evaluator."""
+    for value in args.values():
+        if str(value).startswith(("emoji/evaluator", "emoji/identity")):
+            raise ValueError(
+                f"{name}: {value} belongs to the evaluator, which is never optimised nor watched in training."
+            )

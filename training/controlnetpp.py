@@ -1,0 +1,500 @@
+"""ControlNet++: train a ControlNet, then fine-tune it by the consistency of what it draws with what it was shown.
+
+Li et al., "ControlNet++: Improving Conditional Controls with Efficient Consistency Feedback", ECCV 2024, arXiv
+2404.07987. The ControlNet itself: Zhang et al. 2023, arXiv 2302.05543.
+
+    repeat   draw images x_0 with prompts c and controls v, noise e ~ N(0, I), timesteps t ~ U{0, ..., T - 1}
+             x_t = alpha_t x_0 + sigma_t e,   L_diffusion = |eps(x_t, t, c, v) - e|^2
+             for the samples with t in [t_min, t_max]: x'_0 = (x_t - sigma_t eps) / alpha_t in one step, and
+             L_reward = l(D(decode(x'_0)), v), with D what reads a control off an image (alignkit/conditions)
+             one AdamW step on the ControlNet along the gradient of mean L_diffusion + lambda * mean L_reward
+
+`reward_weight: 0` is ordinary ControlNet training, the paper's first stage; `reward_start` begins the second one later
+in the same run, `controlnet_model_name_or_path` in a run of its own.
+
+Where the authors' code differs from the paper or has faults, this does:
+- x'_0 in closed form for epsilon, v and flow (alignkit/noise.py), never by scheduler.step, which clips it.
+- Only rewarded samples are decoded and scored: the same gradient for a fifth of the cost, and a bad x'_0 of a sample
+  that does not count cannot turn the loss into NaN (0 * NaN).
+- L_reward is the mean over the rewarded samples of the *global* batch, not of a micro-batch, so that neither
+  accumulation nor the number of processes changes what lambda means.
+- Labels are numbers, resized by nearest neighbour, never colours matched after interpolation.
+- Soft edges have a gradient; their HED wrapper rounds to 8 bits and has none. What has none is refused.
+- Canny's ControlNet sees binary edges in training as in use; the magnitudes are the reward's target only.
+- A dropped condition has no reward. The EMA comes back on resume.
+- z_0 is the mode of the VAE's posterior, not a draw, so that it can be cached; images are cropped, not squashed.
+- The clamp of decoded pixels to [0, 1] passes its gradient (alignkit/base.py).
+
+    accelerate launch training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
+    torchrun --nproc_per_node 2 training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
+    python training/controlnetpp.py --config configs/controlnetpp/emoji_depth.yaml --dry-run --random_init --shrink 4
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from alignkit.artifacts import read_events, save_strip, write_card
+from alignkit.base import Base, load_base
+from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition
+from alignkit.config import RunConfig, free, parse, to_dict
+from alignkit.controlnet import (
+    WEIGHTS,
+    draw_controlled,
+    load_controlnet,
+    new_controlnet,
+    save_controlnet,
+    unet_predict,
+)
+from alignkit.controls import Controls, Example, open_controls
+from alignkit.noise import NoiseSchedule
+from alignkit.rewards import RewardConfig, WeightedRewards, combine
+from alignkit.run import Run
+
+VALIDATION_SEED = 1_000_000  # of the first validation example; the training's are hashes, spread over 32 bits
+
+
+@dataclass
+class Config(RunConfig):
+    controlnet_model_name_or_path: str | None = None
+    """ControlNet to go on from: a diffusers folder or a Hub name; null makes one from the U-Net."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """What the ControlNet is shown and, with reward_weight, what its images are compared by."""
+    reward_weight: float = 0.0
+    """lambda; 0 is ordinary ControlNet training."""
+    reward_timesteps: list[int] = field(default_factory=lambda: [0, 200])
+    """First and last timestep with a reward, of the base's own schedule, both included."""
+    reward_min_snr: float | None = None
+    """In place of reward_timesteps: reward where the signal-to-noise ratio is at least this; 3.06 is SD's t <= 200."""
+    reward_start: int = 0
+    """First update with a reward; the ones before it are the paper's first stage."""
+
+    train_data_dir: str = "emoji"
+    """"emoji" (scenes drawn on the fly) or a folder of images with metadata.jsonl: `alignkit data check` says how."""
+    validation_data_dir: str | None = None
+    """The same, for validation; null takes the first images of train_data_dir (for the emoji world, other scenes)."""
+    condition_column: str | None = None
+    """Key of metadata.jsonl with the controls' files; null is the condition's own, such as label or depth."""
+    resolution: int | None = None
+    """Side of the images in pixels; null is the base's own."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut from an image whose shorter side was resized to `resolution`."""
+    prompt_dropout: float = 0.0
+    """Share of samples that see the empty prompt, for classifier-free guidance."""
+    condition_dropout: float = 0.0
+    """Share of samples that see a black control; they have no reward."""
+    cache: bool = free(False)
+    """Keep latents, targets and prompt embeddings of all images in memory after their first use; needs crop: center."""
+    gradient_checkpointing: bool = free(False)
+    """Of ControlNet, frozen U-Net and VAE decoder: less memory, each computed twice."""
+
+    monitors: list[RewardConfig] = field(default_factory=list)
+    """Rewards of the validation images that are logged, never optimised."""
+    num_validation_images: int = 16
+    """Image i is of validation example i and seed i."""
+    num_inference_steps: int = 20
+    """DDIM steps of the validation."""
+    guidance_scale: float = 7.5
+    """Of the validation's classifier-free guidance; 1 turns it off."""
+    negative_prompt: str = ""
+    """Of the validation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompt_dropout", "condition_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("num_validation_images", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("reward_weight", "reward_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        span = self.reward_timesteps
+        if len(span) != 2 or not 0 <= span[0] <= span[1]:
+            raise ValueError(f"reward_timesteps: expected [first, last] with 0 <= first <= last, got {span}")
+        if self.reward_min_snr is not None and not self.reward_min_snr > 0:
+            raise ValueError(f"reward_min_snr: expected above 0, got {self.reward_min_snr}")
+        if self.cache and (self.crop == "random" or self.train_data_dir == "emoji"):
+            raise ValueError("cache: expected a folder of images and crop: center, since other images never come again")
+        if self.validation_steps % self.logging_steps:
+            raise ValueError(
+                f"validation_steps: expected a multiple of logging_steps ({self.logging_steps}), as its results are "
+                f"logged with the others, got {self.validation_steps}"
+            )
+
+
+class Draw(NamedTuple):
+    """What chance decides for one sample, but for its noise."""
+
+    timestep: Tensor
+    drop_prompt: bool
+    drop_condition: bool
+    rewarded: bool
+
+
+class Batch(NamedTuple):
+    x_0: Tensor  # latents [b, C, h, w]
+    targets: Tensor  # [b, H, W]
+    prompts: list[str]
+
+
+class Losses(NamedTuple):
+    """Of the samples of a micro-batch, [b]."""
+
+    diffusion: Tensor
+    reward: Tensor  # the consistency loss; 0 where there is none
+    clamped: Tensor  # share of decoded pixels outside [0, 1]; 0 where there is none
+
+
+def train(cfg: Config) -> Path:
+    """Runs or resumes the training. Returns its folder, a ControlNet of diffusers with a card."""
+    condition = build_condition(cfg.condition.name, **cfg.condition.args)
+    data = open_controls(cfg.train_data_dir, condition, cfg.condition_column, cfg.crop)
+    fixed = data
+    if cfg.validation_data_dir:
+        fixed = open_controls(cfg.validation_data_dir, condition, cfg.condition_column)
+
+    run = Run(cfg, "controlnetpp")
+    base = load_base(
+        cfg.pretrained_model_name_or_path,
+        dtype=run.weight_dtype,
+        device=run.device,
+        random_init=cfg.random_init,
+        shrink=cfg.shrink,
+    )
+    base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
+    size = image_size(base, cfg.resolution)
+    condition.to(run.device)
+    if cfg.reward_weight:
+        probe_condition(condition, *size, run.device)
+    controlnet = make_controlnet(cfg, base)
+    monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
+    rewarded_snr = snr_range(cfg, base.schedule)
+
+    run.prepare(dict(controlnet.named_parameters()))
+    started = time.perf_counter()
+    validation = Validation(cfg, base, controlnet, condition, monitors, fixed, size)
+    if run.position == 0:
+        images, _ = validation.measure()
+        run.show(0, "start", images, validation.prompts)
+        run.show(0, "control", validation.controls, validation.prompts)
+    if cfg.dry_run and run.is_main:
+        seconds = time.perf_counter() - started
+        times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
+        print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
+
+    load = Loader(run, data, base, condition, size, cfg.cache)
+    images = None
+    for step in run.steps():
+        weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
+        everywhere = range(step * run.global_batch, (step + 1) * run.global_batch)  # also of other processes
+        draws = {index: draw(cfg, run, base.schedule, rewarded_snr, step, index) for index in everywhere}
+        rewarded = sum(d.rewarded for d in draws.values()) if weight else 0
+        per_rewarded = run.global_batch / max(1, rewarded)  # makes the mean over all samples the mean over the rewarded
+        measured = []
+        for indices in run.micro_batches(step):
+            batch = load(step, indices)
+            chance = [draws[i] for i in indices]
+            noise = torch.stack([torch.randn(batch.x_0.shape[1:], generator=run.generator(step, i)) for i in indices])
+            predict = controlled(base, controlnet, condition, batch, chance)
+            losses = controlnet_losses(
+                predict,
+                base.schedule,
+                batch.x_0,
+                noise.to(batch.x_0),
+                torch.stack([d.timestep for d in chance]).to(run.device),
+                torch.tensor([d.rewarded and weight > 0 for d in chance], device=run.device),
+                base.decode,
+                lambda images, rows, targets=batch.targets: condition(images, targets[rows]),
+            )
+            consistency = per_rewarded * losses.reward
+            loss = losses.diffusion + weight * consistency if weight else losses.diffusion
+            run.backward(loss, diffusion=losses.diffusion, reward=losses.reward)
+            measured.append((loss.detach(), losses.diffusion.detach(), consistency.detach(), losses.clamped))
+        grad_norm = run.update()
+
+        loss, diffusion, consistency, clamped = (torch.cat(parts) for parts in zip(*measured, strict=True))
+        scalars = {"loss": loss, "diffusion": diffusion, "grad_norm": grad_norm}
+        if weight:
+            none = math.nan if rewarded == 0 else 1.0
+            scalars |= {"rewarded_share": rewarded / run.global_batch, "reward_loss": none * consistency}
+            scalars |= {"clamped_share": none * per_rewarded * clamped}
+        images = None
+        if run.every(cfg.validation_steps, step) and not cfg.dry_run:
+            with run.averaged():
+                images, validated = validation.measure()
+            run.show(step, "validation", images, validation.prompts)
+            scalars |= validated
+        run.log(step, **scalars)
+
+    with run.averaged():
+        images = validation.measure()[0] if images is None else images
+        if run.is_main:
+            export(run, cfg, controlnet, condition, validation, images)
+    run.finish()
+    return run.output_dir
+
+
+def controlnet_losses(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    rewarded: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    consistency_loss: Callable[[Tensor, Tensor], Tensor],
+) -> Losses:
+    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool.
+
+    predict(x_t, timestep) is the denoiser with its control; decode(latents) -> images in [0, 1];
+    consistency_loss(images, rows) compares them with the targets of these rows of the batch. Both see the rewarded
+    samples alone, and are not called where there are none.
+    """
+    x_t = schedule.add_noise(x_0, noise, timestep)
+    output = predict(x_t, timestep)
+    diffusion = (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
+    reward, clamped = torch.zeros_like(diffusion), torch.zeros_like(diffusion)
+    rows = rewarded.nonzero().flatten()
+    if len(rows):
+        predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
+        images = decode(predicted_x_0)
+        outside = ((images.detach() <= 0) | (images.detach() >= 1)).flatten(1).float().mean(1)
+        if images.isfinite().all():
+            compared = consistency_loss(images, rows)
+        else:  # no condition takes them; as a loss, they stop the run with the samples' numbers
+            compared = images.flatten(1).sum(1)
+        reward = reward.index_copy(0, rows, compared.to(reward.dtype))
+        clamped = clamped.index_copy(0, rows, outside)
+    return Losses(diffusion, reward, clamped)
+
+
+def draw(
+    cfg: Config, run: Run, schedule: NoiseSchedule, rewarded_snr: tuple[float, float], step: int, index: int
+) -> Draw:
+    """By the sample's global index alone, so that every process knows how many of the global batch are rewarded."""
+    generator = run.generator(step, index, "draw")
+    timestep = draw_timestep(schedule, generator)
+    drop_prompt = bool(torch.rand((), generator=generator) < cfg.prompt_dropout)
+    drop_condition = bool(torch.rand((), generator=generator) < cfg.condition_dropout)
+    low, high = rewarded_snr
+    in_range = low <= float(schedule.snr(timestep)) <= high
+    return Draw(timestep, drop_prompt, drop_condition, in_range and not drop_condition)
+
+
+def draw_timestep(schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
+    """Uniform; logit-normal for a flow model, as SD3 (Esser et al. 2024, section 3.1)."""
+    if schedule.is_flow:
+        return schedule.num_train_timesteps * torch.randn((), generator=generator).sigmoid()
+    return torch.randint(schedule.num_train_timesteps, (), generator=generator)
+
+
+def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
+    """Lowest and highest signal-to-noise ratio at which a sample is rewarded."""
+    if cfg.reward_min_snr is not None:
+        return cfg.reward_min_snr, math.inf
+    first, last = cfg.reward_timesteps
+    if last >= schedule.num_train_timesteps:
+        raise ValueError(f"reward_timesteps: expected at most {schedule.num_train_timesteps - 1}, got {last}")
+    return float(schedule.snr(last)), float(schedule.snr(first))
+
+
+def controlled(
+    base: Base, controlnet: ControlNetModel, condition: Condition, batch: Batch, chance: Sequence[Draw]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
+    prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
+    prompt_embeds = base.encode_prompt(prompts)
+    kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
+    control = condition.control(batch.targets).float() * kept[:, None, None, None]
+    return lambda x_t, timestep: unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds)
+
+
+class Loader:
+    """Micro-batches by global sample index: an image comes once an epoch, in a seeded order."""
+
+    def __init__(self, run: Run, data: Controls, base: Base, condition: Condition, size: tuple[int, int], cache: bool):
+        self.run, self.data, self.base, self.condition, self.size = run, data, base, condition, size
+        self.cached: dict[int, tuple[Tensor, Tensor]] = {}
+        self.cache = cache
+        self.pool = ThreadPoolExecutor()  # decoding images is most of it, and leaves Python's lock
+
+    def __call__(self, step: int, indices: Sequence[int]) -> Batch:
+        rows = [choose_row(self.run, self.data.size, index) for index in indices]
+        generators = [self.run.generator(step, index, "data") for index in indices]
+        if not self.cache:
+            examples = list(self.pool.map(self.example, rows, generators))
+            return Batch(*self.encode(examples), [example.prompt for example in examples])
+        for row in rows:
+            if row not in self.cached:  # alone: in which company an image first comes depends on when the run resumed
+                x_0, targets = self.encode([self.example(row, torch.Generator())])
+                self.cached[row] = (x_0[0].cpu(), targets[0].cpu())
+        cached = [self.cached[row] for row in rows]
+        x_0, targets = (torch.stack(parts).to(self.run.device) for parts in zip(*cached, strict=True))
+        return Batch(x_0, targets, [self.data.prompt(row, g) for row, g in zip(rows, generators, strict=True)])
+
+    def example(self, row: int, generator: torch.Generator) -> Example:
+        return self.data.example(row, self.size, generator)
+
+    def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Latents [b, C, h, w] and targets [b, H, W]."""
+        return encode(self.base, self.condition, examples)
+
+
+@torch.no_grad()
+def encode(base: Base, condition: Condition, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Latents [b, C, h, w], and targets [b, H, W], extracted where an example has none."""
+    images = torch.stack([example.image for example in examples]).to(base.unet.device)
+    targets = [example.target for example in examples]
+    if any(target is None for target in targets):
+        extracted = condition.extract(images)
+        targets = [extracted[i] if target is None else target for i, target in enumerate(targets)]
+    return base.encode(images).float(), torch.stack([target.to(images.device) for target in targets])
+
+
+def choose_row(run: Run, size: int | None, index: int) -> int:
+    """Of a sample, by its global index: every row once in each epoch, in a seeded order."""
+    if size is None:
+        return index
+    epoch, position = divmod(index, size)
+    return int(torch.randperm(size, generator=run.generator(epoch, tag="rows"))[position])
+
+
+def image_size(base: Base, resolution: int | None) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    height, width = base.latent_shape(resolution, resolution)[1:]
+    return height * base.vae_scale_factor, width * base.vae_scale_factor
+
+
+def make_controlnet(cfg: Config, base: Base) -> ControlNetModel:
+    """From the config's ControlNet or, with random_init or without one, from the U-Net."""
+    path = None if cfg.random_init else cfg.controlnet_model_name_or_path
+    if path is None:
+        controlnet = new_controlnet(base.unet, base.vae_scale_factor, cfg.seed)
+    else:
+        controlnet = load_controlnet(path, base.unet, base.vae_scale_factor)
+    if base.unet.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
+        base.unet.set_attn_processor(AttnProcessor())
+        controlnet.set_attn_processor(AttnProcessor())
+    if cfg.gradient_checkpointing:
+        for module in (controlnet, base.unet, base.vae):
+            module.enable_gradient_checkpointing()
+    return controlnet.requires_grad_(True).eval()  # eval: a ControlNet has no dropout to train with
+
+
+class Validation:
+    """Fixed examples and seeds: what is drawn of their prompts and controls, and how it is judged."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        base: Base,
+        controlnet: ControlNetModel,
+        condition: Condition,
+        monitors: WeightedRewards | None,
+        data: Controls,
+        size: tuple[int, int],
+    ):
+        self.cfg, self.base, self.controlnet, self.condition, self.monitors = cfg, base, controlnet, condition, monitors
+        rows = [i if data.size is None else i % data.size for i in range(cfg.num_validation_images)]
+        seeds = [torch.Generator().manual_seed(VALIDATION_SEED + i) for i in range(len(rows))]
+        examples = [data.example(row, size, seed) for row, seed in zip(rows, seeds, strict=True)]
+        self.prompts = [example.prompt for example in examples]
+        self.x_0, self.targets = encode(base, condition, examples)
+        self.controls = condition.control(self.targets).float()
+
+    @torch.no_grad()
+    def measure(self) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Images, and what to log of them: the condition's metrics, the monitors, L_diffusion at fixed noise."""
+        cfg = self.cfg
+        images = draw_controlled(
+            self.base,
+            self.controlnet,
+            self.controls,
+            self.prompts,
+            range(len(self.prompts)),
+            num_inference_steps=cfg.num_inference_steps,
+            guidance_scale=cfg.guidance_scale,
+            negative_prompt=cfg.negative_prompt,
+            batch_size=cfg.train_batch_size,
+        )
+        metrics = self.condition.metrics()
+        losses, scores = [], []
+        for rows in torch.arange(len(images)).split(cfg.train_batch_size):
+            for metric in metrics.values():
+                metric.to(images.device).update(self.condition.extract(images[rows]), self.targets[rows])
+            losses.append(self.diffusion(rows))
+            if self.monitors:
+                scores.append(self.monitors(images[rows], [self.prompts[i] for i in rows]).values)
+        scalars = {f"validation/{name}": float(metric.compute()) for name, metric in metrics.items()}
+        scalars["validation/diffusion"] = torch.cat(losses)
+        for name in scores[0] if scores else ():
+            scalars[f"monitor/{name}"] = torch.cat([part[name] for part in scores])
+        return images, scalars
+
+    def diffusion(self, rows: Tensor) -> Tensor:
+        """L_diffusion [b] at evenly spaced timesteps and fixed noise: the training's own is drowned in theirs."""
+        schedule, x_0 = self.base.schedule, self.x_0[rows]
+        timestep = ((rows + 0.5) / len(self.x_0) * schedule.num_train_timesteps).long().to(x_0.device)
+        noise = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
+        noise = noise.to(x_0)
+        prompt_embeds = self.base.encode_prompt([self.prompts[i] for i in rows])
+        x_t = schedule.add_noise(x_0, noise, timestep)
+        output = unet_predict(self.base.unet, self.controlnet, x_t, timestep, self.controls[rows], prompt_embeds)
+        return (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
+
+
+def export(
+    run: Run, cfg: Config, controlnet: ControlNetModel, condition: Condition, validation: Validation, images: Tensor
+) -> None:
+    """The ControlNet, a strip of what it draws, the curves, and a card."""
+    folder = run.output_dir
+    save_controlnet(folder, controlnet)
+    shown = slice(0, 8)
+    control = validation.controls[shown]
+    extracted = condition.control(condition.extract(images[shown])).float()
+    save_strip(folder / "strip.png", [control, images[shown], extracted, (extracted - control).abs()])
+    columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(validation.prompts[shown]))
+    reward = f"consistency reward of weight {cfg.reward_weight:g}" if cfg.reward_weight else "no reward"
+    write_card(
+        folder,
+        title=f"ControlNet of {cfg.pretrained_model_name_or_path}: {cfg.condition.name}",
+        description=(
+            f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987).\n\n"
+            "Load it with `ControlNetModel.from_pretrained(folder)` into a `StableDiffusionControlNetPipeline`. From "
+            "top to bottom: the control, the image, the control extracted from it by the training's own judge, the "
+            f"difference of the two. The columns:\n\n{columns}"
+        ),
+        base_model=cfg.pretrained_model_name_or_path,
+        config=to_dict(cfg),
+        events=read_events(folder / "events.jsonl"),
+        pictures=[folder / "strip.png"],
+        tags=["controlnet", "controlnetpp"],
+    )
+    print(
+        f"finished\npicture:    {folder / 'strip.png'}\n"
+        f"curves:     {folder / 'curves.png'}\nControlNet: {folder / WEIGHTS}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(Config, argv)
+    try:
+        train(cfg)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
