@@ -116,9 +116,8 @@ class Config(RunConfig):
             raise ValueError("train_data_dir: expected a folder of images, got none")
         if not 0 <= self.nested_dropout_prob <= 1:
             raise ValueError(f"nested_dropout_prob: expected 0 to 1, got {self.nested_dropout_prob}")
-        for name in ("num_vectors",):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_vectors < 1:
+            raise ValueError(f"num_vectors: expected at least 1, got {self.num_vectors}")
         for name in ("templates", "validation_prompts"):
             texts = getattr(self, name)
             wrong = [text for text in texts if text.count("{}") < 1]
