@@ -75,7 +75,8 @@ def _read(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(_Encoder, name) for name in names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is refused: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).split())[:200] or "it is empty"
+        raise ValueError(f"{path} is refused: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "cfg", "encoder"} <= checkpoint.keys():
         raise ValueError(f"{path} is no mapper of NeTI: expected state_dict, cfg and encoder in it.")
     return checkpoint
