@@ -39,8 +39,8 @@ def evaluate(
     """Score concepts: likeness to their training images, and to what else the prompts say.
 
     Args:
-        concept: Folder of a concept (or of several, a list).
-        images: Folder of real images of each concept, in the same order.
+        concept: Folder of a concept.
+        images: Folder of real images of a concept, in the order of the concepts.
         model: Base model.
         protocol: Of Textual Inversion (cosines, the placeholder deleted from the text) or of CustomConcept101
             (CLIPScore, the class in its place). Their text scores do not compare, and are never shown in one table.

@@ -382,6 +382,10 @@ def test_misuse(base, concept):
     for word, problem in (("a", "already"), ("two words", "one word"), ("", "one word")):
         with pytest.raises(ValueError, match=problem):
             create("neti", base, word, "a")
+    with pytest.warns(UserWarning, match="is 3 tokens"):
+        two = create("textual_inversion", base, "<x>", "abc")
+    table = base.text_encoder.get_input_embeddings().weight
+    assert torch.allclose(two.module.vectors[0, 0], table[base.tokenizer("abc").input_ids[1:-1]].mean(0))
     with pytest.raises(ValueError, match="SD3 and FLUX"):
         towers(object())
 

@@ -120,9 +120,6 @@ def test_it_learns_an_embedding_that_is_known(config, images):
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
     fields = {"checkpointing_steps": 2, "validation_steps": 1, "use_ema": True, "lr_scheduler": "cosine"}
     whole = train(config("whole", **fields))
-    resumed = train(config("resumed", **fields, max_train_steps=2))
-    assert (resumed / "checkpoint-2").exists()
-    # the schedule is that of 4 steps from the start, so take the first half from the whole run
     interrupted = train(config("interrupted", **fields))
     for name in ("checkpoint-4", "steps/4"):
         for file in (interrupted / name).iterdir():
@@ -135,9 +132,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
     assert scalars(whole) == scalars(interrupted) and len(scalars(whole)) == 4
 
 
-def test_accumulation_is_a_larger_batch(config):
+def test_accumulation_and_checkpointing_do_not_change_the_run(config):
     one = weights(train(config("one", train_batch_size=4)))
-    two = weights(train(config("two", train_batch_size=1, gradient_accumulation_steps=4)))
+    fields = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    two = weights(train(config("two", **fields)))
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 

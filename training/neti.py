@@ -99,6 +99,8 @@ class Config(RunConfig):
     """Side of the images in pixels; null is the base's own."""
     random_flip: bool = True
     """Mirror every second image."""
+    gradient_checkpointing: bool = free(False)
+    """Compute the U-Net's blocks twice, for less memory."""
 
     validation_prompts: list[str] = free(("a photo of a {}", "a {} on the beach", "a painting of a {}", "two {}"))
     """Each is drawn with each seed, {} in the placeholder's place."""
@@ -139,6 +141,9 @@ def train(cfg: Config) -> Path:
     )
     if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
+    if cfg.gradient_checkpointing:
+        base.unet.train()  # where diffusers looks whether to; these models have no dropout
+        base.unet.enable_gradient_checkpointing()
     concept = create(
         cfg.method,
         base,
