@@ -89,6 +89,7 @@ def context_bank(
     missing = [name for name in own if name not in layers]
     if missing:
         raise ValueError(f"Expected the layers of this network among {list(layers)}, but {missing[0]} is not.")
+    _refuse_caches(inner)
     if inner in _ATTACHED:
         raise RuntimeError("This network reads from a context bank already: leave that first, or join the two sources.")
     projections = _projections(inner)
@@ -164,6 +165,19 @@ def _projections(denoiser: nn.Module) -> list[tuple[nn.Module, Callable]]:
                 if module is not None:
                     found.append((module, hook))
     return found
+
+
+def _refuse_caches(denoiser: nn.Module) -> None:
+    """Those of diffusers that keep an attention's output for later steps, whose text is another by then."""
+    for name, module in denoiser.named_modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        cache = next(
+            (hook for hook in hooks if hook.startswith(("pyramid_attention", "faster_cache", "text_kv"))), None
+        )
+        if cache:
+            raise ValueError(
+                f"{name or 'the network'} has the cache {cache!r}, which would miss that the text changes."
+            )
 
 
 def _reads_text(module: nn.Module) -> bool:

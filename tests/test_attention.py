@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     UNet2DConditionModel,
 )
+from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor
 
 from alignkit.attention import context_bank, text_layers
@@ -341,6 +342,15 @@ def test_processors_do_not_matter_but_fused_projections_do(unet):
     unet.set_default_attn_processor()
     unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match="unfuse"), context_bank(unet, plain):
+        pass
+
+
+def test_a_cache_across_steps_is_refused(unet):
+    settings = PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2, cross_attention_block_identifiers=("blocks",), current_timestep_callback=int
+    )
+    apply_pyramid_attention_broadcast(unet, settings)
+    with pytest.raises(ValueError, match="pyramid_attention_broadcast"), context_bank(unet, plain):
         pass
 
 

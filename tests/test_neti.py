@@ -118,7 +118,7 @@ def test_it_learns_an_embedding_that_is_known(config, images):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
-    fields = {"checkpointing_steps": 2, "validation_steps": 1, "use_ema": True, "lr_scheduler": "cosine"}
+    fields = {"checkpointing_steps": 2, "validation_steps": 4, "use_ema": True, "lr_scheduler": "cosine"}
     whole = train(config("whole", **fields))
     interrupted = train(config("interrupted", **fields))
     for name in ("checkpoint-4", "steps/4"):
@@ -188,11 +188,11 @@ def test_the_loss_is_the_mean_squared_error_where_the_mask_is_white(config, imag
         mask = Image.new("L", image.size)
         mask.paste(255, (0, 0, 32, 64))  # the left half
         mask.save(folder / "masks" / path.name)
-    cfg = config(train_data_dir=str(folder))
+    cfg = config(train_data_dir=str(folder), resolution=64)
     base = load_base("sd15", random_init=True, shrink=40)
     concept = create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16)
     data = Data(cfg, base, concept)
-    assert data.weights[:, 0, 0, :, :2].unique().tolist() == [2] and not data.weights[:, 0, 0, :, 2:].any()
+    assert data.weights[:, 0, 0, :, :4].unique().tolist() == [2] and not data.weights[:, 0, 0, :, 4:].any()
     assert torch.equal(data.weights[:, 1], data.weights[:, 0].flip(-1))
     batch = data.batch(Run(config("toy")), 0, range(3))
     contexts = data.contexts(batch, nested_dropout=False).detach()
@@ -281,11 +281,11 @@ def test_the_concept_in_training_is_the_concept_in_the_pipeline(config):
     seen = []
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    handle = pipe.unet.register_forward_hook(lambda m, args, out: seen.append((args, out[0])))
+    handle = pipe.unet.register_forward_hook(lambda m, args, out: seen.append((*args, out[0])))
     with Concepts([concept]).applied(pipe):
         pipe("b <thing>", num_inference_steps=1, guidance_scale=1.0, height=32, width=32, output_type="latent")
     handle.remove()
-    ((x_t, timestep), *_), expected = seen[0]
+    ((x_t, timestep, expected),) = seen
     batch.timestep = timestep.reshape(1)
     with torch.no_grad(), context_bank(base.unet):
         got = base.unet(x_t, timestep, data.contexts(batch, nested_dropout=False)).sample

@@ -247,7 +247,7 @@ class Data:
             x_0 = self.latents[image, flip]
             noise = torch.randn(x_0.shape, generator=generator).to(x_0)
             truncation = torch.zeros(0)
-            if cfg.method == "neti":
+            if self.concept.kind == "neti":
                 truncation = self.concept.module.draw_truncation(generator, cfg.nested_dropout_prob)
             prompt = named(self.images[image].caption or template, cfg)
             samples.append((prompt, x_0, noise, timestep, self.weights[image, flip], truncation))

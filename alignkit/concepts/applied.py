@@ -54,17 +54,13 @@ class _Source:
     """The context source of one `with` block: its prompts by number (0 is plain text), and what they have become."""
 
     def __init__(self, pipe: Any, concepts: Sequence[Any], truncation: int | None):
-        device = pipe.unet.device
-        self.concepts = {
-            c.placeholder_token: replace(c, module=copy.deepcopy(c.module).to(device).eval()) for c in concepts
-        }
+        self.concepts = {c.placeholder_token: replace(c, module=copy.deepcopy(c.module).eval()) for c in concepts}
         self.nouns = {c.placeholder_token: c.super_category_token for c in concepts}
         self.towers, self.num_layers, self.truncation = towers(pipe), len(text_layers(pipe.unet)), truncation
         self.varies_in_time = any(c.module.varies_in_time for c in concepts)
         self.prompts: list[_Prompt | None] = [None]
         self.numbers: dict[tuple, int] = {}
         self.cache: OrderedDict[tuple, _Contexts] = OrderedDict()
-        self.dtype = pipe.unet.dtype
 
     def number(self, texts: Sequence[str], clip_skip: int) -> int:
         """Of a prompt, given for each text encoder."""
@@ -99,6 +95,8 @@ class _Source:
     def _fill(self, needed: set[tuple], timestep: Tensor) -> None:
         """Encodes what is not in the cache, all of it in one batch."""
         missing = sorted(key for key in needed if key not in self.cache)
+        for concept in self.concepts.values():  # not before: an offloaded network has no device that means anything
+            concept.module.to(timestep.device)
         for clip_skip in {self.prompts[n].clip_skip for n, _ in missing}:
             keys_of = [key for key in missing if self.prompts[key[0]].clip_skip == clip_skip]
             times = torch.tensor([t or 0 for _, t in keys_of], device=timestep.device, dtype=torch.float32)

@@ -118,7 +118,11 @@ def noun_ids(tower: Tower, noun: str) -> list[int]:
 @torch.no_grad()
 def noun_embedding(tower: Tower, noun: str) -> Tensor:
     """[n, W] float32, a row for each piece of the super-category."""
-    return tower.model.get_input_embeddings().weight[noun_ids(tower, noun)].float()
+    embedding = tower.model.get_input_embeddings()
+    ids = torch.tensor(noun_ids(tower, noun))
+    if embedding.weight.device.type != "meta":  # offloaded: its own hook brings the ids to the weights
+        ids = ids.to(embedding.weight.device)
+    return embedding(ids).float()
 
 
 # Contexts
