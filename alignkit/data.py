@@ -1,10 +1,15 @@
-"""Prompt files."""
+"""Prompt files and image folders."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,43 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f'{where}: expected an object such as {{"prompt": "a cat"}}, got {line.strip()}')
     return row
+
+
+def read_images(folder: str | Path, height: int, width: int, at_least: int = 1) -> "Tensor":
+    """The images of a folder, [N, 3, height, width] in [0, 1], in the order of their names.
+
+    The shorter side is scaled to fit and the rest cut off, so that the aspect is kept. Orientation tags are applied;
+    what is transparent becomes white.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: fewer images than `at_least`, one that cannot be read, is smaller than half of the size, or is there
+            twice; it names the file.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no image folder {folder} (seen from {Path.cwd()}).")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(files) < at_least or not files:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{folder}: expected at least {max(1, at_least)} images ({kinds}), found {len(files)}.")
+    images, seen = [], {}
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image).convert("RGBA")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        if image.width < width / 2 or image.height < height / 2:
+            raise ValueError(f"{file} is {image.width} x {image.height} pixels: too small for {width} x {height}.")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        twin = seen.setdefault(image.tobytes(), file)
+        if twin != file:
+            raise ValueError(f"{file} is the same image as {twin}: remove one of them.")
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        images.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255)
+    return torch.stack(images)
