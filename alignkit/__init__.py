@@ -19,10 +19,12 @@ _HOME = {
     "save_lora": "artifacts",
     "build_reward": "rewards",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "concepts", *_HOME]
 
 
 def __getattr__(name: str):
+    if name == "concepts":
+        return import_module("alignkit.concepts")
     if name not in _HOME:
         raise AttributeError(f"module 'alignkit' has no attribute {name!r}")
     return getattr(import_module(f"alignkit.{_HOME[name]}"), name)

@@ -9,6 +9,11 @@ replaces it, call by call, by a text for each layer, keys and values apart:
     with context_bank(pipe.unet, source):
         pipe("a cat")
 
+or, where the caller makes the contexts, as a training does:
+
+    with context_bank(unet):
+        unet(x_t, timestep, contexts)
+
 L counts `text_layers(pipe.unet)`. The bank travels through the network as its `encoder_hidden_states` argument, and
 each layer takes its own slice, by its name. Nothing counts calls and no hook remembers a step: so recomputation under
 gradient checkpointing, another order of blocks, a second network call within one solver step or a compiled block all
@@ -65,8 +70,13 @@ def text_layers(denoiser: nn.Module) -> list[str]:
 
 
 @contextmanager
-def context_bank(denoiser: nn.Module, source: ContextSource, layers: Sequence[str] | None = None) -> Iterator[None]:
+def context_bank(
+    denoiser: nn.Module, source: ContextSource | None = None, layers: Sequence[str] | None = None
+) -> Iterator[None]:
     """Inside, every call of `denoiser` reads the contexts of `source`; afterwards it is as it was, whatever happened.
+
+    Without a source it is called with contexts [B, L, S', 2 D] in place of `encoder_hidden_states`. A gradient has to
+    be taken inside too: checkpointed blocks run again then.
 
     `layers`: the layers that `source` numbers; those of `denoiser` unless told. A ControlNet is given the U-Net's, of
     which it has the first ones by the same names.
@@ -83,6 +93,7 @@ def context_bank(denoiser: nn.Module, source: ContextSource, layers: Sequence[st
     if inner in _ATTACHED:
         raise RuntimeError("This network reads from a context bank already: leave that first, or join the two sources.")
     projections = _projections(inner)
+    width = projections[0][0].in_features
 
     def fill(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Replaces encoder_hidden_states [B, S, D] by the bank [B, L, S', 2 D]."""
@@ -94,14 +105,15 @@ def context_bank(denoiser: nn.Module, source: ContextSource, layers: Sequence[st
                     "before attaching it."
                 )
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
-        text = given["encoder_hidden_states"]
-        contexts = source(text, _per_row(given["timestep"], len(given["sample"]), text.device))
-        if contexts is None:
-            contexts = torch.cat([text, text], dim=-1)[:, None]
-        batch, _, length, width = contexts.shape
-        if width != 2 * text.shape[-1]:
-            raise ValueError(f"Expected contexts [B, L, S, {2 * text.shape[-1]}], got {list(contexts.shape)}.")
-        bank = contexts.expand(batch, len(layers), length, width)
+        text = contexts = given["encoder_hidden_states"]
+        if source:
+            contexts = source(text, _per_row(given["timestep"], len(given["sample"]), text.device))
+            if contexts is None:
+                contexts = torch.cat([text, text], dim=-1)[:, None]
+        if contexts.ndim != 4 or contexts.shape[-1] != 2 * width:
+            raise ValueError(f"Expected contexts [B, L, S, {2 * width}], got {list(contexts.shape)}.")
+        batch, _, length, _ = contexts.shape
+        bank = contexts.expand(batch, len(layers), length, 2 * width)
         if len(args) > 2:
             return (*args[:2], bank, *args[3:]), kwargs
         return args, kwargs | {"encoder_hidden_states": bank}

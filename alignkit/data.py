@@ -4,12 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -70,41 +65,92 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def read_images(folder: str | Path, height: int, width: int, at_least: int = 1) -> "Tensor":
-    """The images of a folder, [N, 3, height, width] in [0, 1], in the order of their names.
+# Image folders
 
-    The shorter side is scaled to fit and the rest cut off, so that the aspect is kept. Orientation tags are applied;
-    what is transparent becomes white.
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class ConceptImage:
+    """A training image; its caption from `<name>.txt` beside it, and its mask from `masks/<name>.png`, if there are."""
+
+    path: Path
+    caption: str | None = None
+    mask: Path | None = None
+
+
+def read_concept_images(
+    folder: str | Path, resolution: int, placeholder_token: str | None = None
+) -> tuple[list[ConceptImage], list[str]]:
+    """The images of a concept in the order of their names, checked; and what is odd but harmless, in sentences.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: fewer images than `at_least`, one that cannot be read, is smaller than half of the size, or is there
-            twice; it names the file.
+        ValueError: no image in it; images that cannot be read, or are under a quarter of `resolution` (all are named);
+            a mask of another size; a caption without the placeholder.
     """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder of images {folder} (seen from {Path.cwd()}).")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    if not paths:
+        raise ValueError(
+            f"No image in {folder}: expected 3 to 8 files that end in {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    images, wrong, odd, seen = [], [], [], {}
+    for path in paths:
+        try:
+            image = open_image(path)
+        except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's of a broken PNG
+            wrong.append(f"{path.name} cannot be read ({error})")
+            continue
+        side = min(image.size)
+        if 4 * side < resolution:
+            wrong.append(f"{path.name} has {image.width} x {image.height} pixels: expected at least {resolution // 4}")
+        elif side < resolution:
+            odd.append(f"{path.name} is enlarged from {image.width} x {image.height} to {resolution} pixels.")
+        same = seen.setdefault(image.resize((16, 16)).tobytes(), path.name)
+        if same != path.name:
+            odd.append(f"{path.name} shows what {same} shows: a duplicate only counts twice.")
+        mask = folder / "masks" / f"{path.stem}.png"
+        if mask.is_file() and open_image(mask).size != image.size:
+            wrong.append(f"masks/{mask.name} has another size than {path.name}")
+        text = path.with_suffix(".txt")
+        caption = " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else None
+        if caption is not None and placeholder_token and placeholder_token not in caption:
+            wrong.append(f"{text.name} does not hold the placeholder {placeholder_token}: {caption!r}")
+        images.append(ConceptImage(path, caption, mask if mask.is_file() else None))
+    if wrong:
+        raise ValueError(f"{folder} has {len(wrong)} files that cannot be used: {'; '.join(wrong)}.")
+    if len(images) < 3:
+        odd.append(f"{folder} holds {len(images)} images: with fewer than 3, the background is learnt as well.")
+    return images, odd
+
+
+def open_image(path: str | Path) -> Any:
+    """The picture as people see it: turned as its EXIF says, RGB, transparency on white."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" or "A" in image.getbands():
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def load_image(path: str | Path, resolution: int) -> Any:
+    """[3, resolution, resolution] in [0, 1]: the shorter side is scaled to the resolution, the middle is kept."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no image folder {folder} (seen from {Path.cwd()}).")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if len(files) < at_least or not files:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder}: expected at least {max(1, at_least)} images ({kinds}), found {len(files)}.")
-    images, seen = [], {}
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("RGBA")
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
-        if image.width < width / 2 or image.height < height / 2:
-            raise ValueError(f"{file} is {image.width} x {image.height} pixels: too small for {width} x {height}.")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        twin = seen.setdefault(image.tobytes(), file)
-        if twin != file:
-            raise ValueError(f"{file} is the same image as {twin}: remove one of them.")
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        images.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255)
-    return torch.stack(images)
+    image = ImageOps.fit(open_image(path), (resolution, resolution), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def check_concept(folder: str | Path, resolution: int = 512, placeholder_token: str | None = None) -> list[str]:
+    """What `alignkit data check` says of a folder of a concept's images; raises where it cannot be trained on."""
+    images, odd = read_concept_images(folder, resolution, placeholder_token)
+    captions, masks = sum(i.caption is not None for i in images), sum(i.mask is not None for i in images)
+    return [f"{len(images)} images, {captions} with a caption, {masks} with a mask.", *odd]

@@ -22,6 +22,7 @@ Where the authors' codes differ, this follows the papers:
     python training/customize.py --config configs/customize/sd15_lora.yaml --dry-run --random_init --shrink 4
 """
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,7 +44,7 @@ from alignkit.customized import (
     save_custom_diffusion,
     save_embeddings,
 )
-from alignkit.data import read_images
+from alignkit.data import load_image, read_concept_images
 from alignkit.run import Run
 
 TOKEN = "token_embedding"  # the name of the new row among the trained parameters
@@ -130,8 +131,8 @@ def train(cfg: Config) -> Path:
     if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
     base_fingerprint = fingerprint(base.unet)
-    height, width = image_size(base, cfg.resolution)
-    instance_images = read_images(cfg.instance_data_dir, height, width, at_least=1)
+    side = image_side(base, cfg.resolution)
+    instance_images = read_images(cfg.instance_data_dir, side)
     text = Text(base, cfg)
     base.check_prompts([t.format(p) for t in cfg.templates for p in (cfg.phrase, cfg.class_noun)])
     base.check_prompts([prompt.format(cfg.phrase) for prompt in cfg.validation_prompts])
@@ -139,7 +140,7 @@ def train(cfg: Config) -> Path:
     instances = Examples(encode(base, instance_images), [t.format(cfg.phrase) for t in cfg.templates])
     classes = None
     if cfg.with_prior_preservation:
-        class_latents = encode(base, class_images(run, cfg, base, height, width))
+        class_latents = encode(base, class_images(run, cfg, base, side))
         classes = Examples(class_latents, [t.format(cfg.class_noun) for t in cfg.templates])
     before = draw(cfg, base, text, cfg.class_noun)
 
@@ -285,17 +286,23 @@ def denoising_loss(
 # Pictures
 
 
-def image_size(base: Base, resolution: int | None) -> tuple[int, int]:
-    """(H, W) in pixels."""
-    _, h, w = base.latent_shape(resolution, resolution)
-    factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
-    return h * factor, w * factor
+def image_side(base: Base, resolution: int | None) -> int:
+    """In pixels; images are square."""
+    return min(base.latent_shape(resolution, resolution)[1:]) * 2 ** (len(base.vae.config.block_out_channels) - 1)
 
 
-def class_images(run: Run, cfg: Config, base: Base, height: int, width: int) -> Tensor:
+def read_images(folder: str | Path, side: int) -> Tensor:
+    """[N, 3, side, side] in [0, 1]. What is odd but harmless is warned of."""
+    images, odd = read_concept_images(folder, side)
+    for line in odd:
+        warnings.warn(line, stacklevel=2)
+    return torch.stack([load_image(image.path, side) for image in images])
+
+
+def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
     """The user's, or the base's own, drawn once; [N, 3, H, W]."""
     if cfg.class_data_dir:
-        return read_images(cfg.class_data_dir, height, width, at_least=1)
+        return read_images(cfg.class_data_dir, side)
     number = min(2, cfg.num_class_images) if cfg.dry_run else cfg.num_class_images
     folder = run.output_dir / "class_images"
     if cfg.dry_run or (run.is_main and not folder.is_dir()):
@@ -308,7 +315,7 @@ def class_images(run: Run, cfg: Config, base: Base, height: int, width: int) -> 
             for i, picture in enumerate(numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())):
                 picture.save(temporary / f"{i:04d}.png")
     run.accelerator.wait_for_everyone()
-    return read_images(folder, height, width, at_least=number)
+    return read_images(folder, side)
 
 
 def validation_prompts(cfg: Config, phrase: str) -> list[str]:
@@ -329,7 +336,7 @@ def sample(cfg: Config, base: Base, prompt_embeds: Tensor, negative_prompt_embed
     base.unet.eval()
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    height, width = image_size(base, cfg.resolution)
+    side = image_side(base, cfg.resolution)
     images = []
     for start in range(0, len(prompt_embeds), cfg.sample_batch_size):
         rows = prompt_embeds[start : start + cfg.sample_batch_size]
@@ -337,8 +344,8 @@ def sample(cfg: Config, base: Base, prompt_embeds: Tensor, negative_prompt_embed
             pipe(
                 prompt_embeds=rows,
                 negative_prompt_embeds=negative_prompt_embeds.expand_as(rows),
-                height=height,
-                width=width,
+                height=side,
+                width=side,
                 num_inference_steps=cfg.num_inference_steps,
                 guidance_scale=cfg.guidance_scale,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(rows))],

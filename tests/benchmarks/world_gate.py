@@ -11,7 +11,6 @@ One line a concept is appended to results/world_gate.jsonl.
 
 import json
 from argparse import ArgumentParser
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +19,12 @@ from torch.nn import functional as F
 
 from alignkit.base import load_base
 from alignkit.emoji import measure, prompts, scenes, sprites
+from alignkit.emoji.concepts import EmojiConcept, concepts, pictures
 from alignkit.emoji.evaluator import Evaluator
 from alignkit.emoji.fit import to_float
 
 RESULTS = Path(__file__).parent / "results" / "world_gate.jsonl"
 PLACEHOLDER = "~"  # one token, in no caption
-
-
-def concepts(number: int, seed: int = 0) -> list[tuple[sprites.Sprite, str]]:
-    """(sprite, tint) combinations of tier A."""
-    found = [(s, t) for s in sprites.of_tier("named") for t in scenes.TINTS if scenes.held_out("tint", s.name, t)]
-    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:number]]
-
-
-def pictures(sprite: sprites.Sprite, tint: str, number: int, seed: int) -> torch.Tensor:
-    rng = np.random.default_rng((96, seed))
-    images = []
-    for _ in range(number):
-        background = scenes.sample_background(rng)
-        placed = scenes.place(rng, [sprite], background["horizon"], False, None)[0]
-        placed = replace(placed, tint=tint, tint_strength=0.9)
-        images.append(scenes.render(scenes.Scene(**background, objects=(placed,))).image)
-    return to_float(np.stack(images))
 
 
 def train(base, images: torch.Tensor, parameters: list, steps: int, learning_rate: float, seed: int) -> None:
@@ -88,7 +71,8 @@ def others(evaluator: Evaluator, base, sprite: sprites.Sprite, word: str, seed: 
 
 def run(sprite: sprites.Sprite, tint: str, seed: int) -> dict:
     evaluator = Evaluator()
-    shown, other = pictures(sprite, tint, 5, seed), pictures(sprite, tint, 16, seed + 1)
+    concept = EmojiConcept(sprite, tint)
+    shown, other = (to_float(pictures(concept, number, s)) for number, s in ((5, seed), (16, seed + 1)))
     real = identity(evaluator, other, shown)
     plain = load_base("emoji")
     before = others(evaluator, plain, sprite, sprite.name, seed)
@@ -133,8 +117,8 @@ if __name__ == "__main__":
     parser.add_argument("--concepts", type=int, default=6)
     RESULTS.parent.mkdir(exist_ok=True)
     rows = []
-    for number, (sprite, tint) in enumerate(concepts(parser.parse_args().concepts)):
-        row = run(sprite, tint, number)
+    for number, concept in enumerate(concepts("A")[: parser.parse_args().concepts]):
+        row = run(concept.sprite, concept.tint, number)
         rows.append(row)
         print(json.dumps(row), flush=True)
         with open(RESULTS, "a", encoding="utf-8") as file:

@@ -1,0 +1,197 @@
+"""Concepts in a stock diffusers pipeline, for the time of a `with` block.
+
+The pipeline's `encode_prompt` is given the super-category in each placeholder's place, so that all that follows is what
+it always is. Behind each prompt's embedding one row is added that holds the prompt's number, and repeating, guidance
+and batching carry it along: at every call, the context bank reads from it what each row of the batch is to be replaced
+by, and takes it off. So nothing depends on the order of rows or on how many there are.
+"""
+
+import copy
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.attention import context_bank, text_layers
+from alignkit.concepts.text import Tokens, encode_contexts, find, substitute, tokenize, towers
+
+CACHE_BYTES = 256 * 2**20  # of contexts, the least recently used go first
+BASE = 256  # digits of a number that bfloat16 holds exactly
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    tokens: list[Tokens]  # of each text encoder
+    clip_skip: int
+
+
+@dataclass(frozen=True)
+class _Contexts:
+    """Keys [L, S, D] and, as only they differ in the values, the rows at the concepts' positions [L, n, D]."""
+
+    keys: Tensor
+    value_rows: Tensor
+    positions: list[int]
+
+    def joined(self) -> Tensor:
+        """[L, S, 2 D]."""
+        values = self.keys.clone()
+        values[:, self.positions] = self.value_rows
+        return torch.cat([self.keys, values], dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.value_rows.nbytes
+
+
+class _Source:
+    """The context source of one `with` block: its prompts by number (0 is plain text), and what they have become."""
+
+    def __init__(self, pipe: Any, concepts: Sequence[Any], truncation: int | None):
+        device = pipe.unet.device
+        self.concepts = {
+            c.placeholder_token: replace(c, module=copy.deepcopy(c.module).to(device).eval()) for c in concepts
+        }
+        self.nouns = {c.placeholder_token: c.super_category_token for c in concepts}
+        self.towers, self.num_layers, self.truncation = towers(pipe), len(text_layers(pipe.unet)), truncation
+        self.varies_in_time = any(c.module.varies_in_time for c in concepts)
+        self.prompts: list[_Prompt | None] = [None]
+        self.numbers: dict[tuple, int] = {}
+        self.cache: OrderedDict[tuple, _Contexts] = OrderedDict()
+        self.dtype = pipe.unet.dtype
+
+    def number(self, texts: Sequence[str], clip_skip: int) -> int:
+        """Of a prompt, given for each text encoder."""
+        if not any(len(find(text, list(self.nouns))) > 1 for text in texts):
+            return 0
+        key = (*texts, clip_skip)
+        if key not in self.numbers:
+            tokens = [tokenize(tower, text, self.concepts) for tower, text in zip(self.towers, texts, strict=True)]
+            if len({tuple(part.spans) for part in tokens}) > 1:
+                raise ValueError(f"A concept has to stand in the same place for both text encoders, got {texts}.")
+            self.prompts.append(_Prompt(tokens, clip_skip))
+            self.numbers[key] = len(self.prompts) - 1
+        return self.numbers[key]
+
+    def __call__(self, text: Tensor, timestep: Tensor) -> Tensor | None:
+        if not _is_marked(text):
+            return None
+        text, numbers = text[:, :-1], (text[:, -1, 0] + BASE * text[:, -1, 1].float()).round().long().tolist()
+        plain = torch.cat([text, text], dim=-1)[:, None]
+        if not any(numbers):
+            return plain
+        times = timestep.tolist() if self.varies_in_time else [None] * len(numbers)
+        self._fill({(n, t) for n, t in zip(numbers, times, strict=True) if n}, timestep)
+        joined = {
+            key: self.cache[key].joined().to(text.dtype) for key in set(zip(numbers, times, strict=True)) if key[0]
+        }
+        rows = [joined[n, t] if n else row for n, t, row in zip(numbers, times, plain, strict=True)]
+        layers = max(len(row) for row in rows)
+        return torch.stack([row.expand(layers, -1, -1) for row in rows])
+
+    @torch.no_grad()
+    def _fill(self, needed: set[tuple], timestep: Tensor) -> None:
+        """Encodes what is not in the cache, all of it in one batch."""
+        missing = sorted(key for key in needed if key not in self.cache)
+        for clip_skip in {self.prompts[n].clip_skip for n, _ in missing}:
+            keys_of = [key for key in missing if self.prompts[key[0]].clip_skip == clip_skip]
+            times = torch.tensor([t or 0 for _, t in keys_of], device=timestep.device, dtype=torch.float32)
+            prompts = [self.prompts[n].tokens for n, _ in keys_of]
+            keys, values = encode_contexts(
+                self.towers, prompts, self.concepts, times, self.num_layers, self.truncation, clip_skip
+            )
+            for i, key in enumerate(keys_of):
+                positions = [
+                    start + k
+                    for name, start in prompts[i][0].spans
+                    for k in range(self.concepts[name].module.num_vectors)
+                ]
+                self.cache[key] = _Contexts(keys[i], values[i][:, positions].clone(), positions)
+        for key in needed:
+            self.cache.move_to_end(key)
+        while len(self.cache) > len(needed) and sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES:
+            self.cache.popitem(last=False)
+
+
+@contextmanager
+def attached(pipe: Any, concepts: Sequence[Any], truncation: int | None) -> Iterator[None]:
+    """See `Concepts.applied`, which checks what it is given."""
+    source = _Source(pipe, concepts, truncation)
+    nets = getattr(pipe, "controlnet", None)
+    with ExitStack() as stack:
+        stack.enter_context(context_bank(pipe.unet, source))
+        for net in getattr(nets, "nets", [nets] if nets is not None else []):
+            stack.enter_context(context_bank(net, lambda text, _: None if not _is_marked(text) else _plain(text)))
+        original = pipe.encode_prompt
+        stack.callback(pipe.__dict__.pop, "encode_prompt")
+        pipe.encode_prompt = _encode_prompt(original, source)
+        yield
+
+
+def _encode_prompt(original: Callable, source: _Source) -> Callable:
+    signature = inspect.signature(original)
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        clip_skip, images = given.get("clip_skip") or 0, given.get("num_images_per_prompt", 1)
+
+        def numbers(*names: str) -> list[int]:
+            """Of the prompts, one tuple over the text encoders each."""
+            texts = [given.get(name) for name in names[: len(source.towers)]]
+            texts = [text or texts[0] or "" for text in texts]
+            lists = [[text] if isinstance(text, str) else list(text) for text in texts]
+            return [source.number(prompt, clip_skip) for prompt in zip(*lists, strict=True)]
+
+        positive = numbers("prompt", "prompt_2") if given.get("prompt_embeds") is None else None
+        negative = (
+            numbers("negative_prompt", "negative_prompt_2") if given.get("negative_prompt_embeds") is None else None
+        )
+        if positive and not any(positive):
+            warnings.warn(
+                f"No placeholder in {given['prompt']!r}: expected {' or '.join(source.nouns)}. Drawn as plain text.",
+                stacklevel=3,
+            )
+        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+            text = given.get(name)
+            if isinstance(text, str):
+                given[name] = substitute(text, source.nouns)
+            elif text is not None:
+                given[name] = [substitute(t, source.nouns) for t in text]
+        prompt_embeds, negative_prompt_embeds, *rest = original(*bound.args, **bound.kwargs)
+        return (
+            _marked(prompt_embeds, positive, images),
+            _marked(negative_prompt_embeds, negative, images),
+            *rest,
+        )
+
+    return encode_prompt
+
+
+def _marked(embeds: Tensor | None, numbers: list[int] | None, num_images_per_prompt: int) -> Tensor | None:
+    """Adds to [B, S, D] the row with the prompt's number; embeddings that a user brought are plain unless marked."""
+    if embeds is None or (numbers is None and _is_marked(embeds)):
+        return embeds
+    numbers = [0] if numbers is None else numbers
+    if len(numbers) > 1:
+        numbers = [n for n in numbers for _ in range(num_images_per_prompt)]
+    number = torch.tensor(numbers, device=embeds.device).expand(len(embeds))
+    row = torch.zeros_like(embeds[:, :1])
+    row[:, 0, 0], row[:, 0, 1] = (number % BASE).to(row.dtype), (number // BASE).to(row.dtype)
+    return torch.cat([embeds, row], dim=1)
+
+
+def _is_marked(embeds: Tensor) -> bool:
+    """The added row is zero behind the number: no text encoder's output is."""
+    return not embeds[:, -1, 2:].any()
+
+
+def _plain(text: Tensor) -> Tensor:
+    text = text[:, :-1]
+    return torch.cat([text, text], dim=-1)[:, None]

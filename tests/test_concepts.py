@@ -1,0 +1,435 @@
+"""Mapper, text with vectors in it, concepts in stock pipelines, and their files."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+
+import alignkit
+from alignkit.base import load_base
+from alignkit.concepts import Concepts, Mapper, create, encode_contexts, load, tokenize
+from alignkit.concepts.text import find, substitute, towers
+from tests.test_attention import hooks_and_processors, record
+
+WIDTH, NORM = 768, 0.4
+
+
+def mapper(**settings):
+    return Mapper(16, [WIDTH], [NORM], **settings)
+
+
+def pairs(number=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1000, (number,), generator=generator), torch.randint(16, (number,), generator=generator)
+
+
+# Mapper
+
+
+def test_parameters_and_size_of_the_paper(tmp_path):
+    assert sum(p.numel() for p in mapper().parameters()) == 563_616
+    assert sum(p.numel() for p in mapper(bypass=False).parameters()) == 464_544
+    assert sum(t.nbytes for t in mapper().state_dict().values()) <= 2.3e6
+
+
+def test_the_mapper_depends_on_its_seed_and_nothing_else():
+    state = torch.get_rng_state()
+    one, two, other = mapper(seed=1), mapper(seed=1), mapper(seed=2)
+    assert torch.equal(state, torch.get_rng_state())
+    t, layer = pairs()
+    assert torch.equal(one(t, layer).token, two(t, layer).token)
+    assert not torch.allclose(one(t, layer).token, other(t, layer).token)
+
+
+def test_fourier_features_are_of_unit_length_with_a_gaussian_kernel():
+    m = mapper()
+    t, layer = pairs()
+    assert torch.allclose(m.encode(t, layer).norm(dim=-1), torch.ones(64), atol=1e-6)
+    shift = torch.tensor([[33.0, 0.0], [0.0, 1.0]])
+    for dt, dl in shift:
+        cosine = (m.encode(t, layer) * m.encode(t + dt, layer + dl)).sum(-1)
+        expected = math.exp(-((0.03 * dt) ** 2 + (2.0 * dl) ** 2) / 2)  # of infinitely many features
+        assert torch.allclose(cosine, torch.full((64,), expected), atol=4 * math.sqrt(0.5 / 1024))  # 4 deviations
+
+
+def test_anchors_start_as_the_features_of_their_own_time_and_layer():
+    m = mapper()
+    times, layers = torch.meshgrid(torch.arange(10) * 100, torch.arange(16), indexing="ij")
+    similarity = m.encode(times.flatten(), layers.flatten()) @ m.anchors.weight.T
+    assert torch.equal(similarity.argmax(1), torch.arange(160))
+    assert torch.allclose(similarity.diagonal(), torch.ones(160), atol=1e-5)
+
+
+def test_what_is_normalised():
+    t, layer = pairs()
+    split, joint = mapper()(t, layer), mapper(norm_mode="joint")(t, layer)
+    target = torch.full((64, 1), NORM)
+    assert torch.allclose(split.token.norm(dim=-1), target, rtol=1e-6)
+    assert torch.allclose(torch.cat([joint.token, joint.bypass], -1).norm(dim=-1), target, rtol=1e-6)
+    two = Mapper(11, [768, 1280], [0.4, 0.7])(t, layer % 11).token.split([768, 1280], dim=-1)
+    assert torch.allclose(two[0].norm(dim=-1), target, rtol=1e-6)
+    assert torch.allclose(two[1].norm(dim=-1), target * 0.7 / 0.4, rtol=1e-6)
+    with pytest.raises(ValueError, match="split or joint"):
+        mapper(norm_mode="both")
+
+
+def test_truncation():
+    m, (t, layer) = mapper(), pairs()
+    assert torch.equal(m(t, layer, 128).token, m(t, layer).token)
+    nothing = m(t, layer, 0).token
+    assert torch.equal(nothing, nothing[:1].expand_as(nothing))
+    per_row = m(t, layer, torch.tensor([5] * 32 + [128] * 32)).token
+    assert torch.allclose(per_row[:32], m(t, layer, 5).token[:32], atol=1e-6)
+    m(t, layer, 20).token.sum().backward()
+    grad = m.output.weight.grad[:WIDTH]
+    assert not grad[:, 20:].any() and grad[:, :20].any()
+
+
+def test_nested_dropout_is_drawn_for_half_of_the_layers_and_reaches_every_unit():
+    m = mapper()
+    drawn = torch.cat([m.draw_truncation(torch.Generator().manual_seed(i)) for i in range(625)])  # 10 000
+    dropped = drawn < 128
+    assert abs(dropped.float().mean() - 0.5) < 3 * 0.5 / 100
+    assert set(drawn[dropped].tolist()) == set(range(128))
+    assert (m.draw_truncation(torch.Generator().manual_seed(0), probability=0.0) == 128).all()
+
+
+def test_autocast_and_batch_do_not_change_it():
+    m, (t, layer) = mapper(), pairs()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = m(t, layer).token
+    assert torch.equal(cast, m(t, layer).token)
+    single = torch.cat([m(t[i : i + 1], layer[i : i + 1]).token for i in range(64)])
+    assert torch.allclose(single, cast, atol=1e-6)
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("sd15", random_init=True, shrink=40)
+
+
+@pytest.fixture(scope="module")
+def concept(base):
+    return create("neti", base, "<thing>", "a", hidden_size=16, num_frequencies=32)
+
+
+def contexts(base, concept, prompt, t=500.0, **settings):
+    """Keys and values [L, S, D]."""
+    own = towers(base)
+    tokens = [tokenize(tower, prompt, {concept.placeholder_token: concept}) for tower in own]
+    given = {concept.placeholder_token: concept}
+    keys, values = encode_contexts(own, [tokens], given, torch.tensor([t]), len(concept.layers or [0]), **settings)
+    return keys[0], values[0]
+
+
+def test_placeholders_are_found_as_words():
+    assert find("a <cat>_1 and <cat>", ["<cat>", "<cat>_1"]) == ["a ", "<cat>_1", " and ", "<cat>", ""]
+    assert find("things and a thing", ["thing"]) == ["things and a ", "thing", ""]
+    assert substitute("a <x>, {braces} and <x>", {"<x>": "dog"}) == "a dog, {braces} and dog"
+    assert substitute("a dog", {}) == "a dog"
+
+
+def test_spans(base):
+    (tower,) = towers(base)
+    one = create("textual_inversion", base, "<x>", "a")
+    three = create("textual_inversion", base, "<x>_1", "a", num_vectors=3)
+    both = {"<x>": one, "<x>_1": three}
+    tokens = tokenize(tower, "<x> b <x>_1 <x>", both)
+    assert tokens.spans == (("<x>", 1), ("<x>_1", 3), ("<x>", 6))
+    assert tokens.attention_mask.sum() == 8
+    room = tower.max_length
+    filler = "b " * (room - 3)
+    assert tokenize(tower, filler + "<x>", both).spans == (("<x>", room - 2),)
+    with pytest.raises(ValueError, match=f"reads {room} tokens, this one has {room + 2}"):
+        tokenize(tower, filler + "<x>_1", both)
+
+
+@torch.no_grad()
+def test_written_vectors_are_an_exchange_of_ids(base):
+    """Textual Inversion with the vector of "b" is the prompt with "b", as the stock pipeline encodes it."""
+    concept = create("textual_inversion", base, "<x>", "b")
+    keys, values = contexts(base, concept, "a <x> c")
+    assert torch.equal(keys[0], base.encode_prompt(["a b c"])[0]) and torch.equal(keys, values)
+    other = create("textual_inversion", base, "<x>", "d")
+    changed = (contexts(base, other, "a <x> c")[0][0] != keys[0]).any(-1)
+    assert not changed[:2].any() and changed[2:].all()  # causal: what stands before the concept is untouched
+    assert torch.equal(base.encode_prompt(["a b c"])[0], keys[0])  # and the hook is gone
+
+
+@torch.no_grad()
+def test_the_bypass_acts_on_values_at_the_concept_only(base, concept):
+    from dataclasses import replace
+
+    plain = replace(concept, alpha=0.0)
+    keys, values = contexts(base, plain, "a <thing> b")
+    assert torch.equal(keys, values)
+    same_keys, values = contexts(base, concept, "a <thing> b")
+    assert torch.equal(same_keys, keys)
+    assert (values != keys).any(-1).nonzero()[:, 1].unique().tolist() == [2]
+    seen = []
+    norm = base.text_encoder.final_layer_norm
+    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    contexts(base, concept, "a <thing> b")
+    handle.remove()
+    h, shifted = seen[-2:]
+    ratio = (shifted - h).norm(dim=-1) / h.norm(dim=-1)
+    assert torch.allclose(ratio[:, 2], torch.full((16,), 0.2), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_only_the_direction_of_the_bypass_counts(base):
+    concept = create("neti", base, "<thing>", "a", hidden_size=16, num_frequencies=32)
+    before = contexts(base, concept, "a <thing>")[1]
+    half = slice(base.unet.config.cross_attention_dim, None)
+    concept.module.output.weight[half] *= 10
+    concept.module.output.bias[half] *= 10
+    assert torch.allclose(contexts(base, concept, "a <thing>")[1], before, atol=1e-6)
+
+
+def test_gradient_reaches_the_mapper_and_nothing_else(base):
+    concept = create("neti", base, "<thing>", "a", hidden_size=16, num_frequencies=32)
+    keys, values = contexts(base, concept, "a <thing>")
+    (keys.square().sum() + values[:, 2].sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in concept.module.parameters())
+    assert all(p.grad is None for p in base.text_encoder.parameters())
+
+
+# In pipelines
+
+
+def pipeline(base, cls=None, scheduler=None, **more):
+    pipe = base.pipeline()
+    if cls:
+        pipe = cls(**{**pipe.components, **more}, requires_safety_checker=False)
+    if scheduler:
+        pipe.scheduler = scheduler.from_config(DDIMScheduler().config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SETTINGS = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+
+
+def noise(number, seed=0):
+    return torch.randn(number, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_layer_reads_what_the_mapper_says_for_its_name_and_timestep(base, concept):
+    pipe, seen, times = pipeline(base), [], []
+    unet = load_base("sd15", random_init=True, shrink=40).unet  # hooks of its own
+    pipe.unet = unet
+    inputs = record(unet)
+
+    def note(module, args, output):
+        times.append(float(args[1]))
+        seen.append(dict(inputs))
+
+    unet.register_forward_hook(note)
+    with Concepts([concept]).applied(pipe):
+        pipe("a <thing> b", latents=noise(1), **SETTINGS)
+    assert len(times) == 2
+    for t, inputs in zip(times, seen, strict=True):
+        with torch.no_grad():
+            keys, values = contexts(base, concept, "a <thing> b", t)
+        for layer, name in enumerate(concept.layers):
+            attention = f"{name}.transformer_blocks.0.attn2"
+            assert torch.allclose(inputs[f"{attention}.to_k"][0][1], keys[layer], atol=1e-6)
+            assert torch.allclose(inputs[f"{attention}.to_v"][0][1], values[layer], atol=1e-6)
+            assert torch.equal(inputs[f"{attention}.to_k"][0][0], base.encode_prompt([""])[0])
+
+
+def test_prompts_in_a_batch_are_what_they_are_alone(base, concept):
+    """The concept twice, elsewhere, and not at all: that one is the plain pipeline's."""
+    pipe, prompts = pipeline(base), ["<thing> b <thing>", "c d <thing>", "no placeholder"]
+    plain = pipe(["x", "x", prompts[2]], latents=noise(3), **SETTINGS).images
+    with Concepts([concept]).applied(pipe):
+        together = pipe(prompts, latents=noise(3), **SETTINGS).images
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            alone = [pipe(p, latents=noise(3)[i : i + 1], **SETTINGS).images[0] for i, p in enumerate(prompts)]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-5)
+    assert torch.equal(together[2], plain[2]) and not torch.allclose(together[:2], plain[:2], atol=1e-3)
+
+
+def test_guidance_negative_prompts_and_repetitions(base, concept):
+    pipe = pipeline(base)
+    with Concepts([concept]).applied(pipe):
+        call = {"latents": noise(2), **SETTINGS}
+        one = pipe("a <thing>", guidance_scale=1.0, num_images_per_prompt=2, **call).images
+        two = pipe(["a <thing>"] * 2, guidance_scale=1.0, **call).images
+        assert torch.equal(one, two)
+        # guidance by the same prompt is no guidance, to rounding
+        same = pipe("a <thing>", negative_prompt="a <thing>", num_images_per_prompt=2, **call).images
+        assert torch.allclose(same, one, atol=1e-4)
+        embeds = pipe.encode_prompt("a <thing>", "cpu", 2, True, negative_prompt="bad <thing>")
+        given = pipe(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **call).images
+        direct = pipe("a <thing>", negative_prompt="bad <thing>", num_images_per_prompt=2, **call).images
+        assert torch.equal(given, direct)
+        plain = base.encode_prompt(["b"])
+        mixed = pipe("a <thing>", negative_prompt_embeds=plain, **{**call, "latents": noise(1)}).images
+        assert torch.equal(mixed, pipe("a <thing>", negative_prompt="b", **{**call, "latents": noise(1)}).images)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, EulerDiscreteScheduler])
+def test_any_sampler(base, concept, scheduler):
+    """Second order, and floating-point timesteps: the mapper is asked for those that the network runs at."""
+    pipe, asked, run = pipeline(base, scheduler=scheduler), set(), set()
+    handle = pipe.unet.register_forward_pre_hook(lambda m, args: run.add(float(args[1])))
+
+    class Spy(Mapper):
+        def forward(self, timestep, layer, truncation=None):
+            asked.update(timestep.tolist())
+            return super().forward(timestep, layer, truncation)
+
+    original, concept.module.__class__ = concept.module.__class__, Spy
+    try:
+        with Concepts([concept]).applied(pipe):
+            pipe("a <thing>", **SETTINGS | {"num_inference_steps": 3})
+    finally:
+        concept.module.__class__ = original
+        handle.remove()
+    assert asked == run and len(run) == 3
+
+
+def test_other_stock_pipelines(base, concept):
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    control = ControlNetModel.from_unet(base.unet)
+    # as from_unet leaves its outputs at zero, the control has no effect: what it reads is what is looked at
+    seen = record(control)
+    size = {"height": 64, "width": 64}
+    cases = [
+        (pipeline(base, StableDiffusionImg2ImgPipeline), {"image": image, "strength": 0.5}),
+        (pipeline(base, StableDiffusionInpaintPipeline), {"image": image, "mask_image": image[:, :1].round()} | size),
+        (pipeline(base, StableDiffusionControlNetPipeline, controlnet=control), {"image": image} | size),
+    ]
+
+    def run(pipe, prompt, inputs):
+        generator = torch.Generator().manual_seed(1)
+        return pipe(prompt, generator=generator, num_inference_steps=4, output_type="latent", **inputs).images
+
+    for pipe, inputs in cases:
+        noun = run(pipe, "a a", inputs)
+        with Concepts([concept]).applied(pipe):
+            assert not torch.allclose(run(pipe, "a <thing>", inputs), noun, atol=1e-4)
+        assert torch.equal(run(pipe, "a a", inputs), noun)
+    (given, _), *_ = seen.values()
+    assert torch.equal(given[1], base.encode_prompt(["a a"])[0])  # the noun, for a reader of one text
+
+
+def test_contexts_of_a_known_prompt_are_not_computed_again(base, concept):
+    pipe, calls = pipeline(base), []
+    handle = base.text_encoder.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
+    try:
+        with Concepts([concept]).applied(pipe):
+            pipe("a <thing>", num_images_per_prompt=3, **SETTINGS)
+            assert calls == [1, 1, 16, 16]  # prompt, negative prompt, and all layers of each step in one batch
+            pipe("a <thing>", **SETTINGS)
+            assert calls[4:] == [1, 1]
+    finally:
+        handle.remove()
+
+
+def test_two_concepts_in_one_prompt(base, concept):
+    vector = create("textual_inversion", base, "<x>", "b", num_vectors=2)
+    pipe = pipeline(base)
+    with Concepts([concept, vector]).applied(pipe):
+        both = pipe("a <thing> and <x>", latents=noise(1), **SETTINGS).images
+    with Concepts([concept]).applied(pipe):
+        spelled = pipe("a <thing> and b b", latents=noise(1), **SETTINGS).images
+    assert torch.allclose(both, spelled, atol=1e-5)
+    with pytest.raises(ValueError, match="Two concepts"), Concepts([concept, concept]).applied(pipe):
+        pass
+
+
+def test_no_trace(base, concept):
+    pipe = pipeline(base)
+    vocabulary = len(pipe.tokenizer)
+    before, plain = hooks_and_processors(pipe.unet), pipe("a b", latents=noise(1), **SETTINGS).images
+    with pytest.raises(ValueError, match="too long"), Concepts([concept]).applied(pipe):
+        pipe("<thing>" + " b" * 100, **SETTINGS)
+    assert "encode_prompt" not in vars(pipe) and hooks_and_processors(pipe.unet) == before
+    assert len(pipe.tokenizer) == vocabulary and not pipe.text_encoder.get_input_embeddings()._forward_hooks
+    assert torch.equal(pipe("a b", latents=noise(1), **SETTINGS).images, plain)
+
+
+def test_misuse(base, concept):
+    pipe = pipeline(base)
+    with Concepts([concept]).applied(pipe), pytest.warns(UserWarning, match="No placeholder"):
+        pipe("a thing", **SETTINGS)
+    for truncation in (-1, 17):
+        with pytest.raises(ValueError, match="between 0 and 16"), Concepts([concept]).applied(pipe, truncation):
+            pass
+    other = load_base("sd15", random_init=True, shrink=20)
+    with pytest.raises(ValueError, match="another base"), Concepts([concept]).applied(pipeline(other)):
+        pass
+    for word, problem in (("a", "already"), ("two words", "one word"), ("", "one word")):
+        with pytest.raises(ValueError, match=problem):
+            create("neti", base, word, "a")
+    with pytest.raises(ValueError, match="SD3 and FLUX"):
+        towers(object())
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["neti", "textual_inversion", "p_plus"])
+def test_a_concept_is_what_it_was(base, tmp_path, kind):
+    settings = {"hidden_size": 16, "num_frequencies": 32} if kind == "neti" else {"num_vectors": 2}
+    concept = create(kind, base, "<thing>", "a", **settings)
+    with torch.no_grad():
+        for parameter in concept.module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    loaded = load(concept.save(tmp_path / "thing"))
+    state, other = concept.module.state_dict(), loaded.concepts[0].module.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+    pipe = pipeline(base)
+    images = []
+    for concepts in (Concepts([concept]), loaded):
+        with concepts.applied(pipe):
+            images.append(pipe("a <thing>", latents=noise(1), **SETTINGS).images)
+    assert torch.equal(*images)
+
+
+def test_textual_inversion_files_are_diffusers_own(base, tmp_path):
+    """Written for `load_textual_inversion`, and read from what others wrote."""
+    concept = create("textual_inversion", base, "<thing>", "a", num_vectors=2)
+    file = concept.save(tmp_path / "thing") / "learned_embeds.safetensors"
+    with load(file, super_category_token="a").applied(pipeline(base)) as pipe:
+        ours = pipe("b <thing> c", latents=noise(1), **SETTINGS).images
+    pipe = pipeline(load_base("sd15", random_init=True, shrink=40))
+    pipe.load_textual_inversion(file)
+    assert torch.allclose(pipe("b <thing> c", latents=noise(1), **SETTINGS).images, ours, atol=1e-5)
+
+
+def test_broken_files(base, concept, tmp_path):
+    folder = concept.save(tmp_path / "thing")
+    for name in ("concept.bin", "concept.pt"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match="pickle"):
+            load(tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"widths": [8]}))
+    with pytest.raises(ValueError, match="do not fit"):
+        load(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a concept"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="missing"):
+        load(folder)
+    with pytest.raises(ValueError, match="at least one"):
+        alignkit.concepts.load()
