@@ -68,12 +68,15 @@ class Concept:
     noun: the class noun that takes the phrase's place in P_0.
     dummy: D, with {} for the phrase.
     learned: of `alignkit.concepts`, when the vectors are not in the pipeline's tokenizer.
+    values_from: words whose values are taken while the keys stay the phrase's, with as many tokens: the paper's
+        semantic manipulation, as far as its abstract tells.
     """
 
     phrase: str
     noun: str
     dummy: str = "a photo of {}"
     learned: Any = None
+    values_from: str | None = None
 
     def __post_init__(self):
         for name in ("phrase", "noun"):
@@ -124,6 +127,8 @@ def alignit(
     for concept in concepts:
         if concept.learned is not None:
             concept.learned.check(pipe)
+    pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None))
+    two_weights = any(pair.base is not pair.custom for pair in pairs)
     _check_network(pipe)
     if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
         raise ValueError(f"Expected source dummy or prompt, infuse both, keys or values; got {source!r}, {infuse!r}.")
@@ -142,13 +147,12 @@ def alignit(
     if timesteps is not None and not timesteps[0] <= timesteps[1]:
         raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
 
-    pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None))
-    two_weights = any(pair.base is not pair.custom for pair in pairs)
     text = _Text(custom or pipe, base or pipe, concepts, source, len(names))
     if not two_weights and base is None and custom is None:
         text.check_customised(pipe)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
     everywhere = infuse == "both" and layers is None and timesteps is None
+    everywhere = everywhere and all(concept.values_from is None for concept in concepts)
     with ExitStack() as stack:
         numbers = None
         if two_weights or varies or not everywhere:
@@ -209,7 +213,7 @@ class _Text:
         adapted = any(_adapters(encoder) for encoder in _text_encoders(pipe))
         for concept in self.concepts:
             known = [token for t in _tokenizers(pipe) for token in t.get_added_vocab() if token in concept.phrase]
-            if not (adapted or known or concept.learned is not None):
+            if not (adapted or known or concept.learned is not None or concept.values_from):
                 raise ValueError(
                     f"Nothing in this pipeline is customised for {concept.phrase!r}: expected a token of Textual "
                     "Inversion, a LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
@@ -284,10 +288,27 @@ class _Text:
             if learned is not None:
                 self.cache[key] = self.learned_rows(span, timestep, dict(prompt.extra))
             else:
-                start, stop = self.custom_rows(span.text)[span.index]
-                embeds = _encode(self.encode_custom, span.text, dict(prompt.extra))[0][:, start:stop]
-                self.cache[key] = (embeds, embeds)
+                keys = values = self.stock_rows(span, span.concept.phrase, prompt.extra)
+                if span.concept.values_from is not None:
+                    values = self.stock_rows(span, span.concept.values_from, prompt.extra)
+                    if values.shape != keys.shape:
+                        raise ValueError(
+                            f"values_from: {span.concept.values_from!r} has {values.shape[1]} tokens, expected the "
+                            f"{keys.shape[1]} of {span.concept.phrase!r}."
+                        )
+                self.cache[key] = (keys, values)
         return self.cache[key]
+
+    def stock_rows(self, span: _Span, words: str, extra: tuple) -> Tensor:
+        """[1, n, D]: of the words in the concept's place, by the pipeline's own text encoders."""
+        places = self.find(span.text)
+        start, stop, _ = places[span.index]
+        text = span.text[:start] + words + span.text[stop:]
+        if words == span.concept.phrase:
+            rows = self.custom_rows(text)[span.index]
+        else:
+            rows = _rows(self.custom, text, [(start, start + len(words))])[0][0]
+        return _encode(self.encode_custom, text, dict(extra))[0][:, slice(*rows)]
 
     def learned_rows(self, span: _Span, timestep: float, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         from alignkit.concepts.text import encode_contexts, tokenize, towers
@@ -350,6 +371,16 @@ def _rows(pipe: Any, text: str, places: Sequence[tuple[int, int]]) -> tuple[list
         raise ValueError(f"The two text encoders cut {text!r} into different tokens, so rows cannot be exchanged.")
     rows, length = answers[0]
     return rows, min(length, _tokenizers(pipe)[0].model_max_length)
+
+
+def token_rows(pipe: Any, text: str, start: int, stop: int) -> tuple[int, int]:
+    """First row and the row behind the last that these characters of a prompt have in its embedding."""
+    convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)
+    before, within = (
+        convert(part, pipe.tokenizer) if part.strip() else part for part in (text[:start], text[start:stop])
+    )
+    rows, _ = _rows(pipe, convert(text, pipe.tokenizer), [(len(before), len(before) + len(within))])
+    return rows[0]
 
 
 def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:

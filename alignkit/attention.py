@@ -28,7 +28,7 @@ have no bias), so [rows for the base weights; rows for the custom ones], zero wh
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import torch
@@ -288,3 +288,72 @@ def _same_layer(other: nn.Module, name: str, attention: Attention) -> Attention:
             f"{shapes[1] or 'does not exist'} in the other."
         )
     return found
+
+
+# What a layer reads and looks at
+
+
+@dataclass
+class AttentionRecord:
+    """Of one row of the batch, means over the calls of a network, by the name of the layer.
+
+    keys and values: [S, C]. maps: how much each pixel looks at each token, [S, h, w], averaged over the heads.
+    """
+
+    keys: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    calls: int = 0
+
+
+@contextmanager
+def record_attention(denoiser: nn.Module, row: int = -1) -> Iterator[AttentionRecord]:
+    """Inside, the text attention of one row of the batch is watched, by hooks on the projections alone.
+
+    `row`: -1 is the conditional half's last. Enter it after a context bank, whose work it is then to see. The record is
+    complete when the block is left; maps assume unmasked softmax attention, which is what stock U-Nets have.
+    """
+    denoiser, record = _unwrap(denoiser), AttentionRecord()
+    sums: dict[tuple[str, str], Tensor] = {}
+    now: dict[str, Tensor] = {}
+    sizes: list[tuple[int, int]] = []
+
+    def add(side: str, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        sums[side, name] = sums[side, name] + value if (side, name) in sums else value
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        sizes[:] = [tuple(sample.shape[-2:])]
+        record.calls += 1
+
+    def watch(name: str, part: str, attention: Attention) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            now[part] = output[row]
+            if part != "values":
+                return
+            add("keys", name, now["keys"])
+            add("values", name, now["values"])
+            query, key = (now[p].detach().float().unflatten(-1, (attention.heads, -1)) for p in ("queries", "keys"))
+            scores = torch.einsum("qhd,khd->hqk", query, key) * attention.scale
+            height, width = sizes[0]
+            factor = round((height * width / len(query)) ** 0.5)
+            shape = (-(-height // factor), -(-width // factor))
+            if shape[0] * shape[1] == len(query):
+                add("maps", name, scores.softmax(-1).mean(0).T.unflatten(-1, shape))
+
+        return hook
+
+    handles = [denoiser.register_forward_pre_hook(begin, with_kwargs=True)]
+    for name, attention in denoiser.named_modules():
+        if _reads_text(attention):
+            watched = ((attention.to_q, "queries"), (_customised(attention, "to_k"), "keys"))
+            for module, part in (*watched, (_customised(attention, "to_v"), "values")):
+                handles.append(module.register_forward_hook(watch(name, part, attention)))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for (side, name), value in sums.items():
+            getattr(record, side)[name] = value / record.calls

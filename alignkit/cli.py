@@ -120,7 +120,12 @@ def read_settings(png: str | Path) -> dict:
 COMMANDS: dict[str, Callable | dict] = {
     "doctor": doctor,
     "generate": generate,
-    "evaluate": {"world": evaluate.world, "reward": evaluate.reward},
+    "evaluate": {
+        "world": evaluate.world,
+        "reward": evaluate.reward,
+        "alignment": evaluate.alignment,
+        "manipulation": evaluate.manipulation,
+    },
 }
 
 

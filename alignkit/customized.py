@@ -6,10 +6,13 @@
 | Custom Diffusion              | pytorch_custom_diffusion_weights.safetensors | W_k, W_v of cross-attention  |
 | LoRA (diffusers, peft, kohya) | pytorch_lora_weights.safetensors             | any layer                    |
 | DreamBooth                    | unet/, text_encoder/ in diffusers' layout    | all of them                  |
+| NeTI, P+                      | a folder of training/neti.py                 | text, by layer and timestep  |
 """
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from alignkit.artifacts import load_json, load_tensors, save_json, save_tensors
+from alignkit import concepts
+from alignkit.alignit import Concept, alignit
+from alignkit.artifacts import LORA_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
@@ -116,3 +121,90 @@ def save_concept(folder: str | Path, **fields: Any) -> None:
 def read_concept(folder: str | Path) -> dict[str, Any]:
     """concept.json. ValueError when it is missing or damaged."""
     return load_json(Path(folder) / CONCEPT)
+
+
+# What people have
+
+
+@dataclass
+class Customized:
+    """A customised model to draw with: `pipe`, the concept in it and, where `pipe` lost the base's weights, `base`."""
+
+    pipe: Any
+    concept: Concept
+    base: Any = None
+
+    def aligned(self, **settings: Any) -> AbstractContextManager:
+        """Inside, `pipe` draws the concept with AlignIT; `settings` as of `alignit`."""
+        return alignit(self.pipe, [self.concept], base=self.base, **settings)
+
+    def plain(self) -> AbstractContextManager:
+        """Inside, `pipe` draws the concept as its customiser meant it."""
+        learned = self.concept.learned
+        return nullcontext() if learned is None else concepts.Concepts([learned]).applied(self.pipe)
+
+
+def load(
+    pipe: Any, path: str | Path, phrase: str | None = None, class_noun: str | None = None, dummy: str = "a photo of {}"
+) -> Customized:
+    """What was trained, loaded into a stock pipeline of its base.
+
+    `path`: a folder of `training/customize.py` or `training/neti.py` (which say what the concept is called); a file of
+    Textual Inversion; a LoRA of diffusers, peft or kohya; Custom Diffusion's weights, with learned_embeds.safetensors
+    beside them or not; a folder with the unet/ (and text_encoder/) of DreamBooth. Of others' files, `phrase` and
+    `class_noun` say what prompts call it. The pipeline is changed; DreamBooth gets one of its own.
+
+    Raises ValueError for a pickle, a damaged file, one that fits another base, or a missing name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: expected a folder or a safetensors file.")
+    if (path / CONCEPT).is_file():
+        said = read_concept(path)
+        if said["base_fingerprint"] != fingerprint(pipe.unet):
+            raise ValueError(
+                f"{path} was trained on another base model ({said['base_model']}): W_k and W_v differ. Load that base."
+            )
+        phrase, class_noun = phrase or said["phrase"], class_noun or said["class_noun"]
+    elif (path / "config.json").is_file():
+        learned = concepts.load(path).concepts[0]
+        learned.check(pipe)
+        noun = class_noun or learned.super_category_token
+        return Customized(pipe, Concept(learned.placeholder_token, noun, dummy, learned))
+    if not (phrase and class_noun):
+        raise ValueError(f"{path} does not say what its concept is called: pass phrase and class_noun.")
+    concept = Concept(phrase, class_noun, dummy)
+    if (path / "unet").is_dir():
+        return Customized(_dreambooth(pipe, path), concept, base=pipe)
+
+    names = (LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS, EMBEDDINGS)
+    file = next((path / name for name in names if (path / name).is_file()), path)
+    if file.is_dir():
+        raise ValueError(f"{path} holds nothing that is known here: expected one of {', '.join(names)}, or unet/.")
+    keys = load_tensors(file).keys()
+    if any("_custom_diffusion" in key for key in keys):
+        load_custom_diffusion(pipe, file)
+        if (file.parent / EMBEDDINGS).is_file():
+            pipe.load_textual_inversion(str(file.parent), weight_name=EMBEDDINGS)
+    elif any("lora" in key for key in keys):
+        if any(key.startswith(("text_encoder", "lora_te")) for key in keys):
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        else:
+            load_lora(pipe, file)
+    else:
+        learned = concepts.load(file, super_category_token=class_noun, placeholder_token=phrase).concepts[0]
+        learned.check(pipe)
+        return Customized(pipe, replace(concept, learned=learned))
+    return Customized(pipe, concept)
+
+
+def _dreambooth(pipe: Any, path: Path) -> Any:
+    """A pipeline with the U-Net (and text encoder) of a folder, and the rest of `pipe`."""
+    parts = dict(pipe.components)
+    for name in ("unet", "text_encoder"):
+        if (path / name).is_dir():
+            dtype, device = parts[name].dtype, parts[name].device
+            own = type(parts[name]).from_pretrained(path, subfolder=name, dtype=dtype, use_safetensors=True)
+            parts[name] = own.to(device).eval().requires_grad_(False)
+    settings = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    return type(pipe)(**parts, **settings)

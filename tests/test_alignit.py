@@ -12,13 +12,17 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from alignkit import concepts
 from alignkit.alignit import Concept, alignit
 from alignkit.attention import projection_pairs, text_layers
 from alignkit.base import load_base
 from alignkit.customized import cross_attention, load_custom_diffusion, save_custom_diffusion
 from tests.tiny import save_tiny_model
 
-KINDS = ("textual_inversion", "two_vectors", "lora", "text_lora", "custom_diffusion", "dreambooth", "graft")
+KINDS = (
+    "textual_inversion", "two_vectors", "p_plus", "neti", "lora", "text_lora", "custom_diffusion", "dreambooth",
+    "graft",
+)  # fmt: skip
 PROMPT, PLAIN = "a <t> dog and a hat", "a dog and a hat"  # a byte a token
 STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
 
@@ -90,6 +94,10 @@ def make(kind: str, tiny_model: str, tmp_path, dtype: torch.dtype = torch.float3
     phrase = "<t>" if kind in ("textual_inversion", "two_vectors") else "<t> dog"
     two_weights = kind in ("lora", "custom_diffusion", "dreambooth", "graft")
     concept = Concept(phrase, "dog", dummy="one {} here")
+    if kind in ("p_plus", "neti"):
+        learned = concepts.create(kind, base, "<t>", "dog", **({"num_vectors": 2} if kind == "p_plus" else {}))
+        shake(learned.module.parameters())
+        concept = Concept("<t>", "dog", dummy="one {} here", learned=learned)
     if kind == "graft":
         return Case(base, new_pipe(tiny_model, dtype), custom, concept, two_weights, {"custom": custom})
     pipe = new_pipe(tiny_model, dtype)
@@ -129,7 +137,7 @@ def draw(pipe, prompt, **settings) -> Tensor:
 
 @contextlib.contextmanager
 def recorded(unet: nn.Module):
-    """Keys and values of every layer's first call, [B, S, C] by "<layer>.to_k"; those of the projection that is used."""
+    """Keys and values of every layer's first call, [B, S, C] by "<layer>.to_k", of the projection that is used."""
     record: dict[str, Tensor] = {}
 
     def keep(name: str):
@@ -142,6 +150,19 @@ def recorded(unet: nn.Module):
     yield record
     for handle in handles:
         handle.remove()
+
+
+def customised(case: Case):
+    """Inside, `case.custom` draws the concept as its customiser meant it."""
+    learned = case.concept.learned
+    return contextlib.nullcontext() if learned is None else concepts.Concepts([learned]).applied(case.custom)
+
+
+def concept_rows(case: Case, text: str) -> slice:
+    rows = rows_of(case.custom, text, case.concept.phrase)
+    if case.concept.learned is None:
+        return rows
+    return slice(rows.start, rows.start + case.concept.learned.module.num_vectors)
 
 
 def rows_of(pipe, text: str, part: str) -> slice:
@@ -165,11 +186,11 @@ def test_keys_and_values_row_by_row(kind, tiny_model, tmp_path, dtype):
     with recorded(case.base.unet) as base:
         draw(case.base, PLAIN)
     dummy = case.concept.dummy.format(case.concept.phrase)
-    with recorded(case.custom.unet) as custom:
+    with customised(case), recorded(case.custom.unet) as custom:
         draw(case.custom, dummy)
     with case.aligned(), recorded(case.pipe.unet) as ours:
         draw(case.pipe, prompt_of(case))
-    noun, concept = rows_of(case.base, PLAIN, "dog"), rows_of(case.custom, dummy, case.concept.phrase)
+    noun, concept = rows_of(case.base, PLAIN, "dog"), concept_rows(case, dummy)
     n, m, length = concept.stop - concept.start, noun.stop - noun.start, 40
     assert base.keys() == custom.keys() == ours.keys() and len(ours) == 2 * len(cross_attention(case.base.unet))
     for name, got in ours.items():
@@ -185,7 +206,9 @@ def test_image_differs_from_both_and_is_finite(case):
     with case.aligned():
         image = draw(case.pipe, prompt_of(case))
     assert image.isfinite().all()
-    assert not torch.equal(image, draw(case.base, PLAIN)) and not torch.equal(image, draw(case.custom, prompt_of(case)))
+    with customised(case):
+        assert not torch.equal(image, draw(case.custom, prompt_of(case)))
+    assert not torch.equal(image, draw(case.base, PLAIN))
 
 
 def test_no_trace(case):
@@ -235,7 +258,7 @@ def test_strength_zero_is_the_base_text(case):
 def prompt_rows_equal(case: Case) -> bool:
     """Whether the concept takes as many rows as the noun, so that all rows keep their places."""
     dummy = case.concept.dummy.format(case.concept.phrase)
-    concept, noun = rows_of(case.custom, dummy, case.concept.phrase), rows_of(case.base, PLAIN, "dog")
+    concept, noun = concept_rows(case, dummy), rows_of(case.base, PLAIN, "dog")
     return concept.stop - concept.start == noun.stop - noun.start
 
 
@@ -285,7 +308,7 @@ def test_concept_rows_do_not_depend_on_the_prompt(case):
         with case.aligned(), recorded(case.pipe.unet) as ours:
             draw(case.pipe, prompt)
         found.append(ours)
-    rows = rows_of(case.custom, prompt_of(case), case.concept.phrase)
+    rows = concept_rows(case, prompt_of(case))
     assert all(torch.equal(found[0][name][1, rows], found[1][name][1, rows]) for name in found[0])
     assert not all(torch.equal(found[0][name][1], found[1][name][1]) for name in found[0])
 
@@ -380,7 +403,7 @@ def test_guidance_batched_or_not_and_several_images(lora):
         with recorded(lora.pipe.unet) as one:
             draw(lora.pipe, prompt_of(lora), guidance_scale=1.0)
         with recorded(lora.pipe.unet) as four:
-            draw(lora.pipe, [prompt_of(lora), "a hat"], num_images_per_prompt=2, generator=None)
+            lora.pipe([prompt_of(lora), "a hat"], num_images_per_prompt=2, **STEPS)
     with recorded(lora.base.unet) as base:
         draw(lora.base, PLAIN, negative_prompt="a cap")
     for name in both:
@@ -414,9 +437,9 @@ def test_two_concepts_in_one_prompt(tiny_model):
     pipe, base = new_pipe(tiny_model, torch.float32), new_pipe(tiny_model, torch.float32)
     for i, token in enumerate(("<t>", "<t>_2")):
         pipe.load_textual_inversion({token: torch.randn(16, generator=torch.Generator().manual_seed(i))})
-    concepts = [Concept("<t>", "x", dummy="{}"), Concept("<t>_2", "y", dummy="{}")]
+    both = [Concept("<t>", "x", dummy="{}"), Concept("<t>_2", "y", dummy="{}")]
     single = [pipe.encode_prompt(name, "cpu", 1, False)[0][0, 1] for name in ("<t>", "<t>_2")]
-    with alignit(pipe, concepts):
+    with alignit(pipe, both):
         embeds = pipe.encode_prompt("<t>_2 and <t> and <t>_2", "cpu", 1, False)[0][0]
     expected = base.encode_prompt("y and x and y", "cpu", 1, False)[0][0]
     for row, concept in zip(rows_at(base, "y and x and y", "yxy"), (1, 0, 1), strict=True):
@@ -482,6 +505,28 @@ def test_controlnet_reads_the_base(lora):
         pipe(prompt_of(lora), control, **STEPS)
     noun = rows_of(lora.base, PLAIN, "dog")
     assert all(torch.equal(ours[name][1, : noun.stop], base[name][1, : noun.stop]) for name in base)
+
+
+def test_values_of_other_words(tiny_model):
+    """Keys of one word, values of another, each as its own model call has them; every other row the base's."""
+    pipe = new_pipe(tiny_model, torch.float32)
+    records = {}
+    for text in (PLAIN, "a cat", "a dog"):
+        with recorded(pipe.unet) as records[text]:
+            draw(pipe, text)
+    concept = Concept("dog", "dog", dummy="a {}", values_from="cat")
+    with alignit(pipe, [concept]), recorded(pipe.unet) as ours:
+        draw(pipe, PLAIN)
+    noun = rows_of(pipe, PLAIN, "dog")
+    for name, got in ours.items():
+        own = records["a dog" if name.endswith("to_k") else "a cat"][name]
+        assert torch.equal(got[1, noun], own[1, noun])
+        rest = torch.ones(40, dtype=torch.bool)
+        rest[noun] = False
+        assert torch.equal(got[1, rest], records[PLAIN][name][1, rest])
+    longer = Concept("dog", "dog", values_from="horse")
+    with alignit(pipe, [longer]), pytest.raises(ValueError, match="'horse' has 5 tokens, expected the 3"):
+        draw(pipe, PLAIN)
 
 
 # Refused by name
