@@ -37,10 +37,6 @@ from torch import Tensor, nn
 
 from alignkit.attention import context_bank, paired_projections, projection_pairs, text_layers
 
-FAMILIES = {
-    "StableDiffusion": ("tokenizer",),
-    "StableDiffusionXL": ("tokenizer", "tokenizer_2"),
-}
 PROCESSORS = (
     "AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor",
     "XFormersAttnProcessor", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0", "CustomDiffusionAttnProcessor",
