@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_origin
 
-from alignkit import __version__, evaluate
+from alignkit import __version__, evaluate, personalization
 
 # Pairs that pip accepts and that fail when used: (installed, beside, what happens).
 KNOWN_BAD = [
@@ -117,6 +117,21 @@ def read_settings(png: str | Path) -> dict:
         return json.loads(image.info["alignkit"])["settings"]
 
 
+def convert_neti(mapper: str, output_dir: str, base_model: str = "CompVis/stable-diffusion-v1-4") -> Path:
+    """Turn a mapper-steps-N.pt of the authors' NeTI code into a concept folder; nothing in the pickle is run.
+
+    Args:
+        mapper: The .pt file.
+        output_dir: Folder to write; it must not hold a concept yet.
+        base_model: What it was trained on.
+    """
+    from alignkit.concepts.convert import convert_neti
+
+    folder = convert_neti(mapper, output_dir, base_model)
+    print(folder)
+    return folder
+
+
 COMMANDS: dict[str, Callable | dict] = {
     "doctor": doctor,
     "generate": generate,
@@ -125,7 +140,9 @@ COMMANDS: dict[str, Callable | dict] = {
         "reward": evaluate.reward,
         "alignment": evaluate.alignment,
         "manipulation": evaluate.manipulation,
+        "personalization": personalization.evaluate,
     },
+    "convert": {"neti": convert_neti},
 }
 
 

@@ -23,13 +23,14 @@ SD_LAYERS = [  # P+, figure 2: IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 ... OUT11
 ]
 
 
-def small_unet(transformer_layers=1, **config):
+def small_unet(transformer_layers=1, cross_attention_dim=12, **config):
     """Two levels, three or more layers of text."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
-            attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            cross_attention_dim=cross_attention_dim, attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             transformer_layers_per_block=transformer_layers, **config,
         ).eval().requires_grad_(False)  # fmt: skip

@@ -14,13 +14,16 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLPipeline,
 )
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import alignkit
+from alignkit.attention import text_layers
 from alignkit.base import load_base
 from alignkit.concepts import Concepts, Mapper, create, encode_contexts, load, tokenize
 from alignkit.concepts.text import find, substitute, towers
-from tests.test_attention import hooks_and_processors, record
+from tests.test_attention import hooks_and_processors, record, small_unet
 
 WIDTH, NORM = 768, 0.4
 
@@ -379,8 +382,91 @@ def test_misuse(base, concept):
     for word, problem in (("a", "already"), ("two words", "one word"), ("", "one word")):
         with pytest.raises(ValueError, match=problem):
             create("neti", base, word, "a")
+    with pytest.warns(UserWarning, match="is 3 tokens"):
+        two = create("textual_inversion", base, "<x>", "abc")
+    table = base.text_encoder.get_input_embeddings().weight
+    assert torch.allclose(two.module.vectors[0, 0], table[base.tokenizer("abc").input_ids[1:-1]].mean(0))
     with pytest.raises(ValueError, match="SD3 and FLUX"):
         towers(object())
+
+
+# SDXL
+
+
+@pytest.fixture(scope="module")
+def sdxl(base):
+    """Both text encoders, pooled text and time ids, at the size of a toy."""
+
+    def text_config(width, projection):
+        return CLIPTextConfig(
+            vocab_size=len(base.tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=77, projection_dim=projection, eos_token_id=2,
+        )  # fmt: skip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = small_unet(
+            transformer_layers=(1, 2), cross_attention_dim=20, addition_embed_type="text_time",
+            addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 10,
+        )  # fmt: skip
+        pipe = StableDiffusionXLPipeline(
+            vae=base.vae, unet=unet, scheduler=DDIMScheduler(), tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
+            text_encoder=CLIPTextModel(text_config(8, 8)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(12, 10)).eval(),
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+XL = SETTINGS | {"original_size": (64, 64), "target_size": (64, 64)}
+
+
+def test_sdxl_reads_both_encoders_and_its_pooled_text_is_the_nouns(sdxl):
+    """With the noun's own vectors it is the plain pipeline; with a mapper, each layer has its own, and pooled stays."""
+    plain = sdxl("a b c", latents=noise(1), **XL).images
+    noun = create("textual_inversion", sdxl, "<x>", "b")
+    assert noun.widths == [8, 12]
+    with Concepts([noun]).applied(sdxl):
+        assert torch.allclose(sdxl("a <x> c", latents=noise(1), **XL).images, plain, atol=1e-5)
+    concept = create("neti", sdxl, "<thing>", "b", hidden_size=8, num_frequencies=16)
+    assert len(concept.layers) == len(text_layers(sdxl.unet)) == 7
+    seen = []
+    handle = sdxl.unet.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["text_embeds"]), with_kwargs=True
+    )
+    sdxl("a b c", latents=noise(1), **XL)
+    with Concepts([concept]).applied(sdxl):
+        drawn = sdxl("a <thing> c", latents=noise(1), **XL).images
+    handle.remove()
+    assert torch.equal(seen[0], seen[-1]) and not torch.allclose(drawn, plain, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sdxls_bypass_acts_on_the_hidden_state_that_it_reads(sdxl):
+    concept = create("neti", sdxl, "<thing>", "b", hidden_size=8, num_frequencies=16)
+    keys, values = contexts(sdxl, concept, "a <thing> c")
+    assert keys.shape == (7, 77, 20)
+    for part in (slice(0, 8), slice(8, 20)):
+        ratio = (values - keys)[..., part].norm(dim=-1) / keys[..., part].norm(dim=-1)
+        assert torch.allclose(ratio[:, 2], torch.full((7,), 0.2), rtol=1e-5)
+        assert not ratio[:, [*range(2), *range(3, 77)]].any()
+
+
+def test_sdxl_files(sdxl, tmp_path):
+    concept = create("textual_inversion", sdxl, "<x>", "b", num_vectors=2)
+    file = concept.save(tmp_path / "x") / "learned_embeds.safetensors"
+    with pytest.raises(ValueError, match="pass placeholder_token"):
+        load(file)
+    (read,) = load(file, placeholder_token="<x>").concepts
+    assert torch.equal(read.module.vectors, concept.module.vectors) and read.widths == [8, 12]
+
+
+def test_different_prompts_for_the_two_encoders(sdxl):
+    concept = create("neti", sdxl, "<thing>", "b", hidden_size=8, num_frequencies=16)
+    with Concepts([concept]).applied(sdxl):
+        sdxl("a <thing>", prompt_2="c <thing>", **XL)
+        with pytest.raises(ValueError, match="same place"):
+            sdxl("a <thing>", prompt_2="a c <thing>", **XL)
 
 
 # Files

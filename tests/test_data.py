@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
+from PIL import Image
 
-from alignkit.data import read_prompts
+from alignkit.data import check_concept, load_image, open_image, read_concept_images, read_prompts
 
 
 def write(tmp_path, name, text):
@@ -43,3 +45,62 @@ def test_bad_files_are_refused_by_line(tmp_path, name, text, message):
 def test_a_missing_file_says_from_where_it_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="seen from"):
         read_prompts(tmp_path / "missing.txt")
+
+
+# Image folders
+
+
+def picture(path, size=(64, 64), seed=0, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def test_images_with_captions_and_masks(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", seed=i)
+    (tmp_path / "1.txt").write_text("a <thing>\non a table\n")
+    picture(tmp_path / "masks" / "2.png", mode="L")
+    (tmp_path / "notes.md").write_text("not an image")
+    images, odd = read_concept_images(tmp_path, 64, "<thing>")
+    assert [i.path.name for i in images] == ["0.png", "1.png", "2.png"] and odd == []
+    assert [i.caption for i in images] == [None, "a <thing> on a table", None]
+    assert [i.mask for i in images] == [None, None, tmp_path / "masks" / "2.png"]
+    assert check_concept(tmp_path, 64) == ["3 images, 1 with a caption, 1 with a mask."]
+
+
+def test_what_is_odd_is_said_and_what_is_wrong_is_refused_all_at_once(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (odd,) = [check_concept(tmp_path, 100)]
+    assert len(odd) == 5 and "duplicate" in odd[3] and "enlarged from 64 x 64" in odd[1] and "fewer than 3" in odd[4]
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    picture(tmp_path / "tiny.png", size=(8, 8))
+    picture(tmp_path / "masks" / "a.png", size=(32, 32))
+    (tmp_path / "b.txt").write_text("a toy")
+    with pytest.raises(ValueError, match="4 files that cannot be used") as error:
+        read_concept_images(tmp_path, 64, "<thing>")
+    for part in ("broken.jpg cannot be read", "tiny.png has 8 x 8", "masks/a.png has another size", "'a toy'"):
+        assert part in str(error.value)
+
+
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(ValueError, match="No image"):
+        read_concept_images(tmp_path, 64)
+    with pytest.raises(FileNotFoundError, match="seen from"):
+        read_concept_images(tmp_path / "missing", 64)
+
+
+def test_images_keep_their_aspect_turn_as_exif_says_and_stand_on_white(tmp_path):
+    image = Image.new("RGB", (60, 30), "red")
+    image.paste("blue", (0, 0, 15, 30))  # the left quarter, which a square crop loses
+    image.save(tmp_path / "wide.png")
+    square = load_image(tmp_path / "wide.png", 30)
+    assert square.shape == (3, 30, 30) and (square[0, :, 2:] == 1).all() and (square[2, :, 2:] == 0).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (30, 60)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

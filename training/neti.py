@@ -99,6 +99,8 @@ class Config(RunConfig):
     """Side of the images in pixels; null is the base's own."""
     random_flip: bool = True
     """Mirror every second image."""
+    gradient_checkpointing: bool = free(False)
+    """Compute the U-Net's blocks twice, for less memory."""
 
     validation_prompts: list[str] = free(("a photo of a {}", "a {} on the beach", "a painting of a {}", "two {}"))
     """Each is drawn with each seed, {} in the placeholder's place."""
@@ -116,9 +118,8 @@ class Config(RunConfig):
             raise ValueError("train_data_dir: expected a folder of images, got none")
         if not 0 <= self.nested_dropout_prob <= 1:
             raise ValueError(f"nested_dropout_prob: expected 0 to 1, got {self.nested_dropout_prob}")
-        for name in ("num_vectors",):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_vectors < 1:
+            raise ValueError(f"num_vectors: expected at least 1, got {self.num_vectors}")
         for name in ("templates", "validation_prompts"):
             texts = getattr(self, name)
             wrong = [text for text in texts if text.count("{}") < 1]
@@ -140,6 +141,9 @@ def train(cfg: Config) -> Path:
     )
     if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
+    if cfg.gradient_checkpointing:
+        base.unet.train()  # where diffusers looks whether to; these models have no dropout
+        base.unet.enable_gradient_checkpointing()
     concept = create(
         cfg.method,
         base,

@@ -9,6 +9,7 @@ A concept is a folder with config.json and its weights: mapper.safetensors (NeTI
 Inversion, P+). Several are loaded together, `load("runs/thing", "runs/dog")`, for one prompt with all of them.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor
 from alignkit.artifacts import load_json, load_tensors, save_json, save_tensors
 from alignkit.attention import text_layers
 from alignkit.concepts.mapper import Embeddings, Mapper, Vectors
-from alignkit.concepts.text import Tower, encode_contexts, noun_embedding, tokenize, towers
+from alignkit.concepts.text import Tower, encode_contexts, noun_embedding, noun_ids, tokenize, towers
 
 __all__ = ["Concept", "Concepts", "Embeddings", "Mapper", "Vectors", "create", "encode_contexts", "load", "tokenize"]
 
@@ -152,6 +153,13 @@ def create(
     _check_placeholder(own, placeholder_token)
     widths, norms = [tower.width for tower in own], noun_norms(own, super_category_token)
     layers = None if kind == "textual_inversion" else text_layers(pipe.unet)
+    pieces = max(len(noun_ids(tower, super_category_token)) for tower in own)
+    if pieces > 1:
+        warnings.warn(
+            f"super_category_token: {super_category_token!r} is {pieces} tokens, so their mean is taken; a word of one "
+            "token is a better start.",
+            stacklevel=2,
+        )
     settings = {}
     if kind == "neti":
         if num_vectors != 1:

@@ -60,11 +60,12 @@ def find(prompt: str, placeholders: Sequence[str]) -> list[str]:
     """The prompt in pieces, every second one a placeholder: ["a ", "<thing>", " on a table"]. Longer names first."""
     if not placeholders:
         return [prompt]
-    names = sorted(placeholders, key=len, reverse=True)
-    # "thing" is not in "things"
-    bounded = [rf"{chr(92)}b{re.escape(n)}" if n[0].isalnum() else re.escape(n) for n in names]
-    bounded = [rf"{b}\b" if n[-1].isalnum() else b for b, n in zip(bounded, names, strict=True)]
-    return re.split(f"({'|'.join(bounded)})", prompt)
+    return re.split(f"({'|'.join(_as_word(name) for name in sorted(placeholders, key=len, reverse=True))})", prompt)
+
+
+def _as_word(name: str) -> str:
+    """A pattern by which "thing" is not found in "things"."""
+    return (r"\b" if name[0].isalnum() else "") + re.escape(name) + (r"\b" if name[-1].isalnum() else "")
 
 
 def substitute(prompt: str, words: Mapping[str, str]) -> str:

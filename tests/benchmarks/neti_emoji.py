@@ -1,0 +1,170 @@
+"""NeTI against Textual Inversion and P+ on held-out concepts of the emoji world, by the evaluator.
+
+    python tests/benchmarks/neti_emoji.py --sweep        # learning rates, on concepts that are not scored
+    python tests/benchmarks/neti_emoji.py --run          # the cells that are missing; needs the sweep
+    python tests/benchmarks/neti_emoji.py                # the tables of what is there
+
+Twelve concepts of tier A and twelve of tier B, five pictures each, one training seed, 15 prompts with three sampling
+seeds. A cell trains one concept by the trainer's own command line and scores it at several steps, and a mapper at
+several truncations. It is found again by its settings and the hash of the world's weights, so only what is missing is
+run. Differences between methods are paired over concepts (bootstrap, 95 %). A cell takes some three minutes of one idle
+core: the sweep of 60 cells three hours, the 84 cells of the run some four and a half.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "neti" / "emoji.yaml"
+RESULTS = Path(__file__).parent / "results" / "neti_emoji.jsonl"
+CONCEPTS, SWEPT = 12, 3  # of each tier that are scored; of tier A, behind those, that choose the learning rate
+STEPS = (50, 100, 200, 300)
+TRUNCATIONS = (1, 4, 16, 64)
+RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+ARMS = {
+    "neti": {},
+    "neti without bypass": {"mapper.bypass": "false"},
+    "textual_inversion": {"method": "textual_inversion"},
+    "p_plus": {"method": "p_plus"},
+}
+TIERS = {"neti": "AB", "neti without bypass": "A", "textual_inversion": "AB", "p_plus": "AB"}
+FIGURES = ("image_similarity", "identity", "text_similarity")
+
+
+def key(arm: str, tier: str, number: int, rate: float) -> dict:
+    """What a cell is found by. `number`: which concept of the tier."""
+    from alignkit.emoji.measure import world_hash
+
+    settings = CONFIG.read_text(encoding="utf-8") + json.dumps([ARMS[arm], STEPS, TRUNCATIONS], sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return {
+        "arm": arm,
+        "tier": tier,
+        "number": number,
+        "learning_rate": rate,
+        "config": digest,
+        "world_hash": world_hash(),
+    }
+
+
+def cells() -> list[dict]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def find(wanted: dict) -> dict | None:
+    return next((cell for cell in cells() if wanted.items() <= cell.items()), None)
+
+
+def run_cell(wanted: dict) -> None:
+    from alignkit.emoji import concepts
+    from alignkit.personalization import evaluate
+
+    concept = concepts.concepts(wanted["tier"])[wanted["number"]]
+    name = "_".join(str(value) for value in wanted.values()).replace(" ", "-")
+    folder = ROOT / "runs" / "benchmarks" / f"neti_{name}"
+    images = concepts.write(concept, folder / "images", seed=wanted["number"])
+    command = [sys.executable, "training/neti.py", "--config", str(CONFIG), "--output_dir", str(folder / "run")]
+    command += ["--train_data_dir", str(images), "--super_category_token", concept.sprite.noun.split()[-1]]
+    command += ["--learning_rate", str(wanted["learning_rate"]), "--max_train_steps", str(STEPS[-1])]
+    command += ["--validation_steps", "50", "--validation_prompts", '["a {}"]', "--validation_seeds", "[0]"]
+    for setting, value in ARMS[wanted["arm"]].items():
+        command += [f"--{setting}", value]
+    subprocess.run(command, cwd=ROOT, check=True)
+    scores = []
+    for step, truncation in [(s, None) for s in STEPS] + [
+        (STEPS[-1], t) for t in TRUNCATIONS if wanted["arm"] == "neti"
+    ]:
+        (row,) = evaluate(
+            [str(folder / "run" / "steps" / str(step))], [str(images)], truncation=truncation,
+            output_dir=str(folder / f"grid_{step}_{truncation}"),
+        )  # fmt: skip
+        scores.append({"step": step, "truncation": truncation} | {figure: row[figure] for figure in FIGURES})
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(wanted | {"concept": concept.name, "commit": commit, "scores": scores}) + "\n")
+
+
+def at(cell: dict, step: int = STEPS[-1], truncation: int | None = None) -> dict:
+    return next(s for s in cell["scores"] if (s["step"], s["truncation"]) == (step, truncation))
+
+
+def best_rate(arm: str) -> float:
+    """With the highest mean of image and text similarity on the swept concepts."""
+    means = {}
+    for rate in RATES:
+        found = [find(key(arm, "A", CONCEPTS + i, rate)) for i in range(SWEPT)]
+        if None in found:
+            raise SystemExit(f"The sweep of {arm} is not complete: run this script with --sweep first.")
+        means[rate] = np.mean([at(cell)["image_similarity"] + at(cell)["text_similarity"] for cell in found])
+    return max(means, key=means.get)
+
+
+def sweep() -> list[dict]:
+    return [key(arm, "A", CONCEPTS + i, rate) for arm in ARMS for rate in RATES for i in range(SWEPT)]
+
+
+def run() -> list[dict]:
+    rates = {arm: best_rate(arm) for arm in ARMS}
+    return [key(arm, tier, i, rates[arm]) for i in range(CONCEPTS) for arm in ARMS for tier in TIERS[arm]]
+
+
+def table() -> str:
+    """Markdown: means of each arm and tier over steps, NeTI's gain over the others, and what truncation does."""
+    from alignkit.metrics import paired_bootstrap
+
+    rates = {arm: best_rate(arm) for arm in ARMS}
+    done = {
+        (arm, tier): [find(key(arm, tier, i, rates[arm])) for i in range(CONCEPTS)]
+        for arm in ARMS
+        for tier in TIERS[arm]
+    }
+    lines = ["| tier | arm | learning rate | concepts | step | " + " | ".join(FIGURES) + " |"]
+    lines += ["|---" * (5 + len(FIGURES)) + "|"]
+
+    def row(arm, tier, label, **where):
+        there = [at(cell, **where) for cell in done[arm, tier] if cell]
+        if there:
+            means = " | ".join(f"{np.mean([s[figure] for s in there]):.3f}" for figure in FIGURES)
+            lines.append(f"| {tier} | {arm} | {rates[arm]} | {len(there)} | {label} | {means} |")
+
+    for arm, tier in done:
+        for step in STEPS:
+            row(arm, tier, step, step=step)
+    for tier in TIERS["neti"]:
+        for truncation in TRUNCATIONS:
+            row("neti", tier, f"{STEPS[-1]}, {truncation} units", truncation=truncation)
+    lines += ["", "| tier | NeTI minus | figure | mean | 95 % interval |", "|---|---|---|---|---|"]
+    for (arm, tier), others in done.items():
+        pairs = [(a, b) for a, b in zip(done["neti", tier], others, strict=True) if a and b]
+        for figure in FIGURES if arm != "neti" and len(pairs) > 1 else ():
+            one, other = ([at(cell)[figure] for cell in side] for side in zip(*pairs, strict=True))
+            mean, low, high = paired_bootstrap(one, other)
+            lines.append(f"| {tier} | {arm} | {figure} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="run the missing cells of the sweep")
+    parser.add_argument("--run", action="store_true", help="run the missing cells that are scored")
+    args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    for wanted in [*(sweep() if args.sweep else ()), *(run() if args.run else ())]:
+        if find(wanted) is None:
+            run_cell(wanted)
+    if not args.sweep:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

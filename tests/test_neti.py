@@ -1,0 +1,292 @@
+"""The trainer: it learns, resumes bit for bit, leaves the base alone, and refuses what cannot work."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from alignkit import config as configs
+from alignkit.artifacts import load_tensors, read_events
+from alignkit.attention import context_bank
+from alignkit.base import load_base
+from alignkit.concepts import Concepts, create, load
+from alignkit.run import Run
+from training import neti
+from training.neti import Config, Data, MapperConfig, denoising_loss, train
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (70, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def config(images, tmp_path):
+    def build(name="run", **fields):
+        defaults = {
+            "pretrained_model_name_or_path": "sd15",
+            "random_init": True,
+            "shrink": 40,
+            "resolution": 32,
+            "train_data_dir": str(images),
+            "super_category_token": "a",
+            "mapper": MapperConfig(hidden_size=8, num_frequencies=16),
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "validation_steps": 0,
+            "validation_prompts": ["a {}"],
+            "validation_seeds": [1],
+            "num_inference_steps": 1,
+            "report_to": "none",
+        }
+        return Config(output_dir=str(tmp_path / name), **{**defaults, **fields})
+
+    return build
+
+
+def weights(folder):
+    file = "mapper.safetensors" if (folder / "mapper.safetensors").exists() else "learned_embeds.safetensors"
+    return load_tensors(folder / file)
+
+
+def scalars(folder):
+    changing = ("time", "images_per_second", "memory_gib")
+    events = [event for event in read_events(folder / "events.jsonl") if event["type"] == "scalars"]
+    return [{key: value for key, value in event.items() if key not in changing} for event in events]
+
+
+@pytest.mark.parametrize("method", ["neti", "textual_inversion", "p_plus"])
+def test_a_run_leaves_a_concept_and_the_base_as_it_was(config, monkeypatch, method):
+    seen = {}
+    monkeypatch.setattr(neti, "load_base", lambda *args, **kwargs: seen.setdefault("base", load_base(*args, **kwargs)))
+    folder = train(config(method=method, validation_steps=2))
+    fresh = load_base("sd15", random_init=True, shrink=40)
+    for module in ("unet", "vae", "text_encoder"):
+        trained, expected = (dict(getattr(base, module).named_parameters()) for base in (seen["base"], fresh))
+        assert trained.keys() == expected.keys()
+        for name, parameter in trained.items():
+            assert parameter.grad is None and torch.equal(parameter, expected[name]), name
+    assert {"README.md", "config.json", "validation.png", "curves.png"} <= {p.name for p in folder.iterdir()}
+    assert (folder / "truncation.png").exists() == (method == "neti")
+    start = create(
+        method, fresh, "<thing>", "a", **({"hidden_size": 8, "num_frequencies": 16} if method == "neti" else {})
+    )
+    concept = load(folder).concepts[0]
+    moved = [n for n, p in concept.module.named_parameters() if not torch.equal(p, start.module.state_dict()[n])]
+    assert moved == [name for name, _ in start.module.named_parameters()]
+    assert [path.name for path in sorted((folder / "steps").iterdir())] == ["2", "4"]
+    with load(folder / "steps" / "4").applied(fresh.pipeline()):  # a usable concept at every validation
+        pass
+
+
+def test_it_learns_an_embedding_that_is_known(config, images):
+    """The loss falls to what the sought word gives, when the network's own prediction for that word is the target."""
+    cfg = config(method="textual_inversion")
+    base = load_base("sd15", random_init=True, shrink=40)
+    concept, sought = (create("textual_inversion", base, "<thing>", noun) for noun in ("a", "b"))
+    run = Run(config("toy"))
+    data, known = Data(cfg, base, concept), Data(cfg, base, sought)
+    batch = data.batch(run, 0, range(4))
+    x_t = base.schedule.add_noise(batch.x_0, batch.noise, batch.timestep)
+
+    def output(d):
+        with context_bank(base.unet):
+            return base.unet(x_t, batch.timestep, d.contexts(batch, nested_dropout=True)).sample
+
+    target = output(known).detach()
+    optimizer = torch.optim.Adam(concept.module.parameters(), 1e-3)
+    losses = []
+    for _ in range(100):
+        loss = (output(data) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(config):
+    fields = {"checkpointing_steps": 2, "validation_steps": 1, "use_ema": True, "lr_scheduler": "cosine"}
+    whole = train(config("whole", **fields))
+    interrupted = train(config("interrupted", **fields))
+    for name in ("checkpoint-4", "steps/4"):
+        for file in (interrupted / name).iterdir():
+            file.unlink()
+        (interrupted / name).rmdir()
+    (interrupted / "mapper.safetensors").unlink()
+    train(config("interrupted", **fields))
+    one, two = weights(whole), weights(interrupted)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert scalars(whole) == scalars(interrupted) and len(scalars(whole)) == 4
+
+
+def test_accumulation_and_checkpointing_do_not_change_the_run(config):
+    one = weights(train(config("one", train_batch_size=4)))
+    fields = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    two = weights(train(config("two", **fields)))
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(config, tmp_path):
+    alone = train(config("alone", train_batch_size=4, adam_epsilon=1e-3))  # signs of tiny gradients may differ
+    cfg = config("two", train_batch_size=2, adam_epsilon=1e-3)
+    cfg_file = tmp_path / "two.yaml"
+    configs.save(cfg, cfg_file)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+               "--master_port", str(free_port()), "training/neti.py", "--config", str(cfg_file)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert read_events(tmp_path / "two" / "events.jsonl")[0]["num_processes"] == 2
+    one, two = weights(alone), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_gradient_checkpointing_does_not_change_the_mappers_gradient(config):
+    cfg, gradients = config(), []
+    base = load_base("sd15", random_init=True, shrink=40)
+    run = Run(config("toy"))
+    for checkpointing in (False, True):
+        concept = create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16)
+        data = Data(cfg, base, concept)
+        batch = data.batch(run, 0, range(2))
+        base.unet.train()
+        if checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        with context_bank(base.unet):
+            denoising_loss(base, batch, data.contexts(batch, nested_dropout=True)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in concept.module.parameters()]))
+    plain, checkpointed = gradients
+    assert plain.norm() > 0 and (plain - checkpointed).norm() / plain.norm() < 1e-6
+
+
+def test_the_loss_is_the_mean_squared_error_where_the_mask_is_white(config, images, tmp_path):
+    folder = tmp_path / "masked"
+    (folder / "masks").mkdir(parents=True)
+    for path in images.iterdir():
+        image = Image.open(path).crop((0, 0, 64, 64))
+        image.save(folder / path.name)
+        mask = Image.new("L", image.size)
+        mask.paste(255, (0, 0, 32, 64))  # the left half
+        mask.save(folder / "masks" / path.name)
+    cfg = config(train_data_dir=str(folder))
+    base = load_base("sd15", random_init=True, shrink=40)
+    concept = create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16)
+    data = Data(cfg, base, concept)
+    assert data.weights[:, 0, 0, :, :2].unique().tolist() == [2] and not data.weights[:, 0, 0, :, 2:].any()
+    assert torch.equal(data.weights[:, 1], data.weights[:, 0].flip(-1))
+    batch = data.batch(Run(config("toy")), 0, range(3))
+    contexts = data.contexts(batch, nested_dropout=False).detach()
+
+    class Zero(nn.Module):
+        def forward(self, x_t, timestep, contexts):
+            return type("Output", (), {"sample": torch.zeros_like(x_t)})
+
+    base.unet = Zero()
+    loss = denoising_loss(base, batch, contexts)
+    where = (batch.weight > 0).expand_as(batch.noise)
+    expected = torch.stack([n[w].square().mean() for n, w in zip(batch.noise, where, strict=True)])
+    assert torch.allclose(loss, expected)
+
+
+def test_samples_depend_on_their_index_alone(config):
+    cfg = config()
+    base = load_base("sd15", random_init=True, shrink=40)
+    data = Data(cfg, base, create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16))
+    run = Run(config("toy"))
+    together, alone = data.batch(run, 1, [2, 3]), data.batch(run, 1, [3])
+    for name in ("x_0", "noise", "timestep", "truncation"):
+        assert torch.equal(getattr(together, name)[1:], getattr(alone, name))
+    assert together.prompts[1:] == alone.prompts
+    epoch = [tuple(data.batch(run, 0, [i]).x_0.flatten().tolist()) for i in range(3, 6)]
+    pairs = data.latents.flatten(2)
+    shown = {next(i for i in range(3) if list(x) in pairs[i].tolist()) for x in epoch}
+    assert shown == {0, 1, 2}  # every image once in an epoch
+
+
+def test_captions_take_the_templates_place(config, images, tmp_path):
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for path in images.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).with_suffix(".txt").write_text("my <thing>\n")
+    base = load_base("sd15", random_init=True, shrink=40)
+    data = Data(config(train_data_dir=str(folder)), base, create("textual_inversion", base, "<thing>", "a"))
+    assert data.batch(Run(config("toy")), 0, range(3)).prompts == ["my <thing>"] * 3
+
+
+def test_a_dry_run_writes_nothing(config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train(config(dry_run=True))
+    assert exit.value.code == 0 and not (tmp_path / "run").exists()
+    assert "s a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_data_dir": ""}, "train_data_dir"),
+        ({"templates": ["a photo"]}, "templates: expected texts with {}"),
+        ({"validation_prompts": ["x"]}, "validation_prompts"),
+        ({"nested_dropout_prob": 2.0}, "nested_dropout_prob"),
+        ({"num_vectors": 0}, "num_vectors"),
+        ({"num_vectors": 2}, "a mapper makes one vector"),
+        ({"train_data_dir": "missing"}, "no folder of images"),
+        ({"placeholder_token": "a"}, "already"),
+        ({"templates": ["{}" + " b" * 90]}, "too long"),
+        ({"resolution": 30}, "multiples of 8"),
+        ({"super_category_token": " "}, "super_category_token"),
+    ],
+)
+def test_wrong_input_fails_before_any_work(config, fields, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        train(config(**fields))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in Path("configs/neti").glob("*.yaml")])
+def test_every_config_runs_dry_on_random_weights(name, images, capsys):
+    argv = ["--config", f"configs/neti/{name}.yaml", "--train_data_dir", str(images), "--dry-run", "--random_init"]
+    argv += ["--shrink", "40", "--resolution", "32", "--train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    argv += ["--num_inference_steps", "1", "--mapper.hidden_size", "8"]
+    with pytest.raises(SystemExit) as exit:
+        neti.main(argv)
+    assert exit.value.code == 0 and "s a step" in capsys.readouterr().out
+
+
+def test_the_concept_in_training_is_the_concept_in_the_pipeline(config):
+    """The training's contexts give the network's output of the stock pipeline's first step."""
+    base = load_base("sd15", random_init=True, shrink=40)
+    concept = create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16)
+    data = Data(config(templates=["b {}"]), base, concept)
+    batch = data.batch(Run(config("toy")), 0, [0])
+    seen = []
+    pipe = base.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    handle = pipe.unet.register_forward_hook(lambda m, args, out: seen.append((args, out[0])))
+    with Concepts([concept]).applied(pipe):
+        pipe("b <thing>", num_inference_steps=1, guidance_scale=1.0, height=32, width=32, output_type="latent")
+    handle.remove()
+    ((x_t, timestep), *_), expected = seen[0]
+    batch.timestep = timestep.reshape(1)
+    with torch.no_grad(), context_bank(base.unet):
+        got = base.unet(x_t, timestep, data.contexts(batch, nested_dropout=False)).sample
+    assert torch.allclose(got, expected, atol=1e-5)
