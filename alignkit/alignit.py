@@ -157,7 +157,7 @@ def alignit(
             stack.enter_context(context_bank(pipe.unet, numbers))
             nets = getattr(pipe, "controlnet", None)
             for net in getattr(nets, "nets", [nets] if nets is not None else []):
-                stack.enter_context(context_bank(net, _base_rows))
+                stack.enter_context(context_bank(net, _base_rows(text.window)))
             if two_weights:
                 stack.enter_context(paired_projections(pairs))
         handle = pipe.unet.register_forward_pre_hook(lambda *_: _check_network(pipe, RuntimeError))
@@ -202,6 +202,7 @@ class _Text:
     def __init__(self, custom: Any, base: Any, concepts: Sequence[Concept], source: str, num_layers: int):
         self.custom, self.base, self.concepts, self.source = custom, base, concepts, source
         self.num_layers, self.cache = num_layers, {}
+        self.window = min(tokenizer.model_max_length for tokenizer in _tokenizers(base))
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
 
     def check_customised(self, pipe: Any) -> None:
@@ -228,7 +229,7 @@ class _Text:
             places.append((len(plain), len(plain) + len(concept.noun)))
             plain, end = plain + concept.noun, stop
         plain += prompt[end:]
-        window = min(tokenizer.model_max_length for tokenizer in _tokenizers(self.base))
+        window = self.window
         rows, length = _rows(self.base, plain, places)
 
         order: list[int] = []
@@ -438,7 +439,7 @@ def _placed(
     strength: float,
 ) -> Tensor | None:
     """The base's embeddings [B, S, D] with the concepts' rows or, for the bank, the prompts' numbers behind them."""
-    if embeds is None or (not prompts and _is_marked(embeds)):
+    if embeds is None or (not prompts and _is_marked(embeds, text.window)):
         return embeds
     images = num_images_per_prompt if len(prompts) > 1 else len(embeds)
     prompts = [prompt for prompt in prompts for _ in range(images)]
@@ -495,7 +496,7 @@ class _Bank:
 
     def __call__(self, text: Tensor, timestep: Tensor) -> Tensor:
         """[B, S + 1, D] -> [B, L, S, 2 D]; with two sets of weights [B, L, 2 S, 2 D], the base's rows first."""
-        if not _is_marked(text):  # embeddings that a user brought
+        if not _is_marked(text, self.text.window):  # given to the network past the pipeline
             return self._joined(text[:, None], None, None)
         numbers = (text[:, -1, 0].float() + BASE * text[:, -1, 1].float()).round().long().tolist()
         text = text[:, None, :-1]
@@ -536,15 +537,19 @@ def _marked(embeds: Tensor, numbers: list[int]) -> Tensor:
     return torch.cat([embeds, row], dim=1)
 
 
-def _is_marked(embeds: Tensor) -> bool:
-    """The added row is zero behind the number: no text encoder's output is."""
-    return not embeds[:, -1, 2:].any()
+def _is_marked(embeds: Tensor, window: int) -> bool:
+    """One row longer than the text encoder's window, and zero behind the number."""
+    return embeds.shape[1] == window + 1 and not embeds[:, -1, 2:].any()
 
 
-def _base_rows(text: Tensor, timestep: Tensor) -> Tensor:
+def _base_rows(window: int) -> Callable[[Tensor, Tensor], Tensor]:
     """For a ControlNet: what the base reads."""
-    text = text[:, :-1] if _is_marked(text) else text
-    return torch.cat([text, text], dim=-1)[:, None]
+
+    def source(text: Tensor, timestep: Tensor) -> Tensor:
+        text = text[:, :-1] if _is_marked(text, window) else text
+        return torch.cat([text, text], dim=-1)[:, None]
+
+    return source
 
 
 # What a pipeline is made of, and what cannot be used

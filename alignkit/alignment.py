@@ -100,7 +100,7 @@ def other_rows(base: Any, customized: Customized, prompt: str) -> list[tuple[int
     concept = customized.concept
     start = prompt.index("{}")
     first, stop = token_rows(base, prompt.format(concept.noun), start, start + len(concept.noun))
-    window = min(base.tokenizer.model_max_length, base.text_encoder.config.max_position_embeddings)
+    window = base.tokenizer.model_max_length
     if concept.learned is not None:
         count = concept.learned.module.num_vectors
     else:

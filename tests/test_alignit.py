@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
@@ -529,6 +530,63 @@ def test_values_of_other_words(tiny_model):
     longer = Concept("dog", "dog", values_from="horse")
     with alignit(pipe, [longer]), pytest.raises(ValueError, match="'horse' has 5 tokens, expected the 3"):
         draw(pipe, PLAIN)
+
+
+@pytest.fixture
+def sdxl(tiny_model) -> StableDiffusionXLPipeline:
+    """Both text encoders, pooled text and time ids."""
+    tiny = new_pipe(tiny_model, torch.float32)
+
+    def config(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tiny.tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=40, projection_dim=10, eos_token_id=2,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), cross_attention_dim=20, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 10,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny.vae, unet=unet, scheduler=tiny.scheduler, tokenizer=tiny.tokenizer, tokenizer_2=tiny.tokenizer,
+        text_encoder=CLIPTextModel(config(8)).eval(), text_encoder_2=CLIPTextModelWithProjection(config(12)).eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_sdxl(sdxl):
+    """Rows of both encoders; the pooled text is the noun prompt's; zeros for an empty negative prompt go through."""
+    unet = sdxl.unet
+    settings = {"height": 16, "width": 16}
+    with recorded(unet) as base:
+        draw(sdxl, PLAIN, **settings)
+    pooled = sdxl.encode_prompt(PLAIN, device="cpu")[2]
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
+    shake(p for n, p in unet.named_parameters() if "lora_" in n)
+    concept = Concept("<t> dog", "dog", dummy="one {} here")
+    with recorded(unet) as custom:
+        draw(sdxl, "one <t> dog here", **settings)
+    with alignit(sdxl, [concept]), recorded(unet) as ours:
+        draw(sdxl, PROMPT, **settings)
+        assert torch.equal(sdxl.encode_prompt(PROMPT, device="cpu")[2], pooled)
+        with pytest.raises(ValueError, match="both text encoders read the same"):
+            sdxl.encode_prompt(PROMPT, prompt_2="a hat", device="cpu")
+    noun, rows = rows_of(sdxl, PLAIN, "dog"), rows_of(sdxl, "one <t> dog here", "<t> dog")
+    n = rows.stop - rows.start
+    for name, got in ours.items():
+        assert torch.equal(got[0], base[name][0]) and torch.equal(got[1, : noun.start], base[name][1, : noun.start])
+        assert torch.equal(got[1, noun.start : noun.start + n], custom[name][1, rows])
+        behind = 40 - noun.start - n
+        assert torch.equal(got[1, noun.start + n :], base[name][1, noun.stop :][:behind])
+    learned = concepts.create("textual_inversion", sdxl, "<x>", "dog")
+    shake(learned.module.parameters())
+    unet.disable_adapters()
+    with alignit(sdxl, [Concept("<x>", "dog", learned=learned)]):
+        assert draw(sdxl, "a <x>", **settings).isfinite().all()
 
 
 # Refused by name
