@@ -28,6 +28,7 @@ have no bias), so [rows for the base weights; rows for the custom ones], zero wh
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import torch
@@ -191,3 +192,182 @@ def _unwrap(denoiser: nn.Module) -> nn.Module:
 
 def _per_row(timestep: Tensor | float | int, batch: int, device: torch.device) -> Tensor:
     return torch.as_tensor(timestep, device=device).reshape(-1).expand(batch)
+
+
+# Two sets of weights
+
+
+@dataclass(frozen=True)
+class ProjectionPair:
+    """W_k or W_v of one layer, of the base model and of the customised one; `module` is the one that is called."""
+
+    name: str
+    module: nn.Module
+    base: nn.Module
+    custom: nn.Module
+
+
+def projection_pairs(
+    denoiser: nn.Module, base: nn.Module | None = None, custom: nn.Module | None = None
+) -> list[ProjectionPair]:
+    """Where text becomes keys and values: the base's projections and the customised model's, in the order of the names.
+
+    Both are in `denoiser` for a LoRA that is not merged (the base lies below it) and for Custom Diffusion (the
+    customised ones lie in the processor). Else the other network is given: `base` when `denoiser` is customised,
+    `custom` when it is the base. A pair whose two modules are one was not customised.
+
+    Raises ValueError for a LoRA that was merged, for fused projections, for ones with a bias, and when the two networks
+    do not fit each other.
+    """
+    if base is not None and custom is not None:
+        raise ValueError("Pass the base network or the customised one beside the one that runs, not both.")
+    pairs = []
+    for name, attention in _unwrap(denoiser).named_modules():
+        if not _reads_text(attention):
+            continue
+        if getattr(attention, "fused_projections", False):
+            raise ValueError(f"{name} has fused projections: call unet.unfuse_qkv_projections() first.")
+        for part in ("to_k", "to_v"):
+            called = _customised(attention, part)
+            if base is not None:
+                pair = ProjectionPair(
+                    f"{name}.{part}", called, _plain(_same_layer(base, name, attention), part), called
+                )
+            elif custom is not None:
+                other = _customised(_same_layer(custom, name, attention), part)
+                pair = ProjectionPair(f"{name}.{part}", called, called, other)
+            else:
+                pair = ProjectionPair(f"{name}.{part}", called, _plain(attention, part), called)
+            for module in (pair.base, pair.custom):
+                if getattr(module, "merged", False):
+                    raise ValueError(
+                        f"{pair.name}: the LoRA was merged into the weights, so the base's are gone. Call "
+                        "pipe.unfuse_lora() first, or load it without merging."
+                    )
+                if getattr(module, "bias", None) is not None:
+                    raise ValueError(f"{pair.name} has a bias, which two sums of one projection cannot share.")
+            pairs.append(pair)
+    return pairs
+
+
+@contextmanager
+def paired_projections(pairs: Sequence[ProjectionPair]) -> Iterator[None]:
+    """Inside, each projection reads [rows for the base; rows for the customised], [B, 2 S, D], and returns [B, S, C].
+
+    The sum of both. A row of zeros projects to zeros, so that a row which is given to one side alone is exactly that
+    side's: what belongs to whom travels with the text, and the hooks hold no state.
+    """
+
+    def join(pair: ProjectionPair) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            for_base, for_custom = args[0].chunk(2, dim=1)
+            # `forward`, since a module's own hooks slice the bank, and this text is sliced already
+            if pair.custom is module:
+                own = output[:, for_base.shape[1] :]
+                return own + pair.base.forward(for_base)
+            return output[:, : for_base.shape[1]] + pair.custom.forward(for_custom)
+
+        return hook
+
+    handles = [pair.module.register_forward_hook(join(pair)) for pair in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _customised(attention: Attention, part: str) -> nn.Module:
+    """The projection that attention calls: Custom Diffusion's processors have their own."""
+    own = getattr(attention.processor, f"{part}_custom_diffusion", None)
+    return getattr(attention, part) if own is None else own
+
+
+def _plain(attention: Attention, part: str) -> nn.Module:
+    """The projection below any LoRA."""
+    module = getattr(attention, part)
+    if getattr(module, "merged", False):
+        return module  # for the caller to refuse
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _same_layer(other: nn.Module, name: str, attention: Attention) -> Attention:
+    """The layer of that name in another network."""
+    found = dict(_unwrap(other).named_modules()).get(name)
+    shapes = [None if a is None else [list(_plain(a, p).weight.shape) for p in ("to_k", "to_v")]
+              for a in (attention, found)]  # fmt: skip
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The two networks are of different bases: {name} has W_k and W_v of {shapes[0]} in the one that runs and "
+            f"{shapes[1] or 'does not exist'} in the other."
+        )
+    return found
+
+
+# What a layer reads and looks at
+
+
+@dataclass
+class AttentionRecord:
+    """Of one row of the batch, means over the calls of a network, by the name of the layer.
+
+    keys and values: [S, C]. maps: how much each pixel looks at each token, [S, h, w], averaged over the heads.
+    """
+
+    keys: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    calls: int = 0
+
+
+@contextmanager
+def record_attention(denoiser: nn.Module, row: int = -1) -> Iterator[AttentionRecord]:
+    """Inside, the text attention of one row of the batch is watched, by hooks on the projections alone.
+
+    `row`: -1 is the conditional half's last. Enter it after a context bank, whose work it is then to see. The record is
+    complete when the block is left; maps assume unmasked softmax attention, which is what stock U-Nets have.
+    """
+    denoiser, record = _unwrap(denoiser), AttentionRecord()
+    sums: dict[tuple[str, str], Tensor] = {}
+    now: dict[str, Tensor] = {}
+    sizes: list[tuple[int, int]] = []
+
+    def add(side: str, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        sums[side, name] = sums[side, name] + value if (side, name) in sums else value
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        sizes[:] = [tuple(sample.shape[-2:])]
+        record.calls += 1
+
+    def watch(name: str, part: str, attention: Attention) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            now[part] = output[row]
+            if part != "values":
+                return
+            add("keys", name, now["keys"])
+            add("values", name, now["values"])
+            query, key = (now[p].detach().float().unflatten(-1, (attention.heads, -1)) for p in ("queries", "keys"))
+            scores = torch.einsum("qhd,khd->hqk", query, key) * attention.scale
+            height, width = sizes[0]
+            factor = round((height * width / len(query)) ** 0.5)
+            shape = (-(-height // factor), -(-width // factor))
+            if shape[0] * shape[1] == len(query):
+                add("maps", name, scores.softmax(-1).mean(0).T.unflatten(-1, shape))
+
+        return hook
+
+    handles = [denoiser.register_forward_pre_hook(begin, with_kwargs=True)]
+    for name, attention in denoiser.named_modules():
+        if _reads_text(attention):
+            watched = ((attention.to_q, "queries"), (_customised(attention, "to_k"), "keys"))
+            for module, part in (*watched, (_customised(attention, "to_v"), "values")):
+                handles.append(module.register_forward_hook(watch(name, part, attention)))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for (side, name), value in sums.items():
+            getattr(record, side)[name] = value / record.calls

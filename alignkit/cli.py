@@ -168,6 +168,8 @@ COMMANDS: dict[str, Callable | dict] = {
         "world": evaluate.world,
         "reward": evaluate.reward,
         "controllability": evaluate.controllability,
+        "alignment": evaluate.alignment,
+        "manipulation": evaluate.manipulation,
         "personalization": personalization.evaluate,
     },
     "convert": {"neti": convert_neti},

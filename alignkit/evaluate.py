@@ -230,6 +230,150 @@ def image_scores(encoder, images, prompts: list[str], real_features) -> dict[str
     return scores
 
 
+def alignment(
+    concept: str,
+    prompts: str,
+    images: str,
+    model: str = "emoji",
+    phrase: str | None = None,
+    class_noun: str | None = None,
+    clip: str | None = None,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 5.0,
+    images_per_prompt: int = 2,
+    seed: int = 0,
+    output_dir: str = "outputs/alignment",
+) -> dict:
+    """Compare a customised model with and without AlignIT, and with the base drawing the class noun.
+
+    Text similarity is of the prompt without the concept (cosine, as Textual Inversion's protocol deletes the
+    placeholder), image similarity the mean cosine with the concept's own pictures. Beside the scores it writes
+    leak.png, attention.png and images.png.
+
+    Args:
+        concept: Folder of training/customize.py or training/neti.py, or a file of others (alignkit.customized.load).
+        prompts: Prompt file with {} in the concept's place, such as "a {} and a rose".
+        images: Folder of the concept's pictures.
+        model: Base model: "emoji", a folder in diffusers format, or a name on the Hub.
+        phrase: What prompts call the concept, where the file does not say it.
+        class_noun: What it is, where the file does not say it.
+        clip: The judge, a CLIP; the emoji world's evaluator unless told.
+        num_inference_steps: DDIM steps.
+        guidance_scale: Of classifier-free guidance.
+        images_per_prompt: With consecutive seeds.
+        seed: Of the first image of each prompt.
+        output_dir: Where scores.json and the pictures go.
+    """
+    from pathlib import Path
+
+    import torch
+    from diffusers.utils import make_image_grid, numpy_to_pil
+
+    from alignkit import alignment as parts
+    from alignkit.artifacts import atomic, save_json
+    from alignkit.base import load_base
+    from alignkit.customized import load
+    from alignkit.data import load_image, read_concept_images, read_prompts
+
+    asked = read_prompts(prompts).prompts
+    wrong = [prompt for prompt in asked if prompt.count("{}") != 1]
+    if wrong:
+        raise ValueError(f"{prompts}: expected one {{}} for the concept in every prompt, got {wrong[0]!r}.")
+    if clip is None and model != "emoji":
+        raise ValueError("clip: expected a folder or Hub name of a CLIP; only the emoji world has a judge of its own.")
+    base = load_base(model).pipeline()
+    customized = load(load_base(model).pipeline(), concept, phrase, class_noun)
+    settings = parts.Settings(num_inference_steps, guidance_scale, seed, images_per_prompt)
+    embed_images, embed_texts = _judge(clip)
+    side = base.unet.config.sample_size * base.vae_scale_factor
+    shown = torch.stack([load_image(image.path, side) for image in read_concept_images(images, side)[0]])
+    rest = [" ".join(prompt.replace("{}", "").split()) for prompt in asked for _ in range(images_per_prompt)]
+
+    scores: dict = {}
+    drawn, records, tokens = {}, {}, {}
+    for arm in parts.ARMS:
+        drawn[arm] = parts.draw(arm, base, customized, asked, settings)
+        embeds = embed_images(drawn[arm])
+        scores[arm] = {
+            "text_similarity_of_the_rest": round(float((embeds * embed_texts(rest)).sum(-1).mean()), 4),
+            "image_similarity": round(float((embeds @ embed_images(shown).T).mean()), 4),
+        }
+        records[arm] = parts.record(arm, base, customized, asked[0], settings)
+        own = customized.concept
+        text = asked[0].format(own.noun if arm == "base" else own.phrase)
+        tokens[arm] = parts.prompt_tokens(customized.pipe, text, None if arm == "base" else own)
+    rows = parts.other_rows(base, customized, asked[0])
+    leaks = {arm: parts.leak(records["base"], records[arm], rows) for arm in parts.ARMS[1:]}
+    for arm, found in leaks.items():
+        scores[arm] |= {f"leak_{side}": sum(v.values()) / len(v) for side, v in found.items()}
+
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts.plot_leak(leaks, folder / "leak.png")
+    firsts = {arm: pictures[0] for arm, pictures in drawn.items()}
+    parts.plot_maps(records, firsts, tokens, folder / "attention.png")
+    pictures = numpy_to_pil(torch.cat(list(drawn.values())).permute(0, 2, 3, 1).numpy())
+    with atomic(folder / "images.png") as temporary:
+        make_image_grid(pictures, rows=len(parts.ARMS), cols=len(rest)).save(temporary, "PNG")
+    save_json({"concept": concept, "prompts": asked, **vars(settings), "scores": scores}, folder / "scores.json")
+    print(json.dumps(scores, indent=1))
+    print(f"pictures: {folder / 'images.png'}, {folder / 'leak.png'}, {folder / 'attention.png'}")
+    return scores
+
+
+def _judge(clip: str | None):
+    """Functions to embed images and texts."""
+    if clip is None:
+        from alignkit.emoji.evaluator import Evaluator
+
+        evaluator = Evaluator()
+        return evaluator.embed_images, evaluator.embed_texts
+    import torch
+
+    from alignkit.rewards.clip import ClipEncoder
+
+    encoder = ClipEncoder(clip)
+    return torch.no_grad()(encoder.embed_images), encoder.embed_prompts
+
+
+def manipulation(
+    prompt: str,
+    source: Sequence[str] = (),
+    model: str = "emoji",
+    num_inference_steps: int = 25,
+    guidance_scale: float = 5.0,
+    seed: int = 0,
+    output: str = "outputs/manipulation.png",
+) -> None:
+    """Draw a grid: keys from one word (rows), values from another (columns); AlignIT's semantic manipulation.
+
+    Args:
+        prompt: With {} in the place of the word.
+        source: A word; the words need equally many tokens.
+        model: Base model.
+        num_inference_steps: DDIM steps.
+        guidance_scale: Of classifier-free guidance.
+        seed: Of the noise, the same in all pictures.
+        output: PNG to write.
+    """
+    from diffusers.utils import make_image_grid, numpy_to_pil
+
+    from alignkit import alignment as parts
+    from alignkit.artifacts import atomic
+    from alignkit.base import load_base
+
+    if prompt.count("{}") != 1 or len(source) < 2:
+        raise ValueError(
+            f"Expected a prompt with one {{}} and at least two sources, got {prompt!r} and {list(source)}."
+        )
+    settings = parts.Settings(num_inference_steps, guidance_scale, seed)
+    images = parts.manipulation(load_base(model).pipeline(), prompt, source, settings)
+    pictures = numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+    with atomic(output) as temporary:
+        make_image_grid(pictures, rows=len(source), cols=len(source)).save(temporary, "PNG")
+    print(f"{output}: keys of {', '.join(source)} from top to bottom, values from left to right")
+
+
 def prompt_set(name: str, unseen: bool) -> list:
     from alignkit.emoji import prompts
 

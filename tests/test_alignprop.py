@@ -20,7 +20,7 @@ from alignkit.emoji import WEIGHTS_DIR
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from alignkit.sampling import PLANS
-from tests.tiny import write_tiny_model
+from tests.tiny import save_tiny_model
 from training import alignprop
 from training.alignprop import Config, EarlyStopConfig, PlanConfig, reason_to_stop, train
 
@@ -31,7 +31,7 @@ RED = "tests.toy_rewards:Red"
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> str:
     """A diffusers folder of configs, for random_init."""
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

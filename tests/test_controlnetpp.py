@@ -23,7 +23,7 @@ from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from tests.test_controls import write_folder
-from tests.tiny import write_tiny_model
+from tests.tiny import save_tiny_model
 from tests.toy_conditions import save_estimator, save_segmenter
 from training import controlnetpp
 from training.controlnetpp import Config, controlnet_losses, train
@@ -35,7 +35,7 @@ ALL = [0, 999]
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> str:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

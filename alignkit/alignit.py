@@ -1,0 +1,640 @@
+"""AlignIT: the concept's keys and values, and nobody else's changed. Agarwal, Karanam & Srinivasan, arXiv 2406.18893.
+
+A customised model draws its concept well and the rest of the prompt badly, because the keys and values of *all* tokens
+changed: by the text encoder, whose later tokens have read the concept's, or by W_k and W_v themselves. With 0 the base
+model, * the customised one, P_0 the prompt with the class noun in the concept's place, C its positions, and D a dummy
+prompt, "a photo of <thing>", with the concept at pi(i), every cross-attention layer n reads
+
+    K_i = W_k*^n E*(D)_pi(i)    for i in C
+    K_i = W_k0^n E0(P_0)_i      for every other i, start, end and padding too
+
+and V_i likewise.
+
+No training, no parameter. The paper's abstract and summaries of it were at hand, not its text: docs/alignit.md says
+what is inferred. Used on stock pipelines of SD 1.x, SD 2.x and SDXL:
+
+    pipe.load_textual_inversion("learned_embeds.safetensors")
+    with alignit(pipe, [Concept("<thing>", "cat")]):
+        pipe("a <thing> and a dog on the beach")
+
+How it is done depends on what the customiser changed. Where that is the text alone, rows of the prompt's embedding are
+exchanged and the network is not touched. Where W_k and W_v differ, or what is infused depends on the layer or the
+timestep, the network reads from a context bank (attention.py): each prompt's embedding carries the prompt's number in
+one more row, and at every call that row is exchanged for the contexts of all layers.
+"""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models import attention_processor
+from torch import Tensor, nn
+
+from alignkit.attention import context_bank, paired_projections, projection_pairs, text_layers
+
+PROCESSORS = (
+    "AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor",
+    "XFormersAttnProcessor", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0", "CustomDiffusionAttnProcessor",
+    "CustomDiffusionAttnProcessor2_0", "CustomDiffusionXFormersAttnProcessor", "IPAdapterAttnProcessor",
+    "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor",
+)  # fmt: skip
+CACHES = (
+    "pyramid_attention_broadcast",
+    "faster_cache",
+    "fbc_",
+    "mag_cache",
+    "sea_cache",
+    "taylorseer",
+    "text_kv_cache",
+)
+BASE = 256  # digits of a number that bfloat16 holds exactly
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What prompts call a concept, and what the base model is to read there.
+
+    phrase: all words that carry it: "<thing>" of Textual Inversion, "sks dog" of DreamBooth, "<new1> cat" of Custom
+        Diffusion (there "<new1>" alone gives the concept to the new token and the noun's own row to the base).
+    noun: the class noun that takes the phrase's place in P_0.
+    dummy: D, with {} for the phrase.
+    learned: of `alignkit.concepts`, when the vectors are not in the pipeline's tokenizer.
+    values_from: words whose values are taken while the keys stay the phrase's, with as many tokens: the paper's
+        semantic manipulation, as far as its abstract tells.
+    """
+
+    phrase: str
+    noun: str
+    dummy: str = "a photo of {}"
+    learned: Any = None
+    values_from: str | None = None
+
+    def __post_init__(self):
+        for name in ("phrase", "noun"):
+            value = getattr(self, name)
+            if not value.strip() or value != value.strip():
+                raise ValueError(f"{name}: expected words without space around them, got {value!r}.")
+        if self.dummy.count("{}") != 1:
+            raise ValueError(f"dummy: expected a prompt with one {{}} for the concept, got {self.dummy!r}.")
+
+
+@contextmanager
+def alignit(
+    pipe: Any,
+    concepts: Sequence[Any],
+    *,
+    base: Any = None,
+    custom: Any = None,
+    source: Literal["dummy", "prompt"] = "dummy",
+    infuse: Literal["both", "keys", "values"] = "both",
+    strength: float = 1.0,
+    layers: Sequence[str] | None = None,
+    timesteps: tuple[float, float] | None = None,
+) -> Iterator[Any]:
+    """Inside, prompts that hold a concept are drawn with AlignIT; afterwards the pipeline is as it was, come what may.
+
+    pipe: a stock pipeline, customised: with Textual Inversion's tokens, a LoRA that is not merged, Custom Diffusion's
+        processors, or another U-Net and text encoder.
+    concepts: `Concept`s, or what `alignkit.concepts.load` returns.
+    base: the base pipeline, where `pipe` does not hold its weights any more (DreamBooth's whole U-Net).
+    custom: the customised pipeline, where `pipe` is the base: its queries and all else stay the base's then.
+    source: of the concept's rows: the dummy prompt, or the same prompt in the customised model, which lets the words
+        before the concept speak to it.
+
+    The paper infuses keys and values of all layers at all timesteps. These are ours: `infuse` keys or values alone;
+    `strength` w, of (1 - w) base + w concept; `layers`, a choice of `attention.text_layers(pipe.unet)`; `timesteps`,
+    the lowest and the highest of the training schedule between which anything is infused. Elsewhere, the base reads
+    the noun.
+
+    Raises ValueError for what cannot keep the promise: a LoRA that was merged, fused projections, attention processors
+    of others, a cache of earlier steps, joint attention, another base; RuntimeError when one of these comes up inside.
+    """
+    concepts = _as_concepts(concepts)
+    _check_family(pipe)
+    for other in (base, custom):
+        if other is not None:
+            _check_family(other)
+    _check_phrases(concepts)
+    for concept in concepts:
+        if concept.learned is not None:
+            concept.learned.check(pipe)
+    pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None))
+    two_weights = any(pair.base is not pair.custom for pair in pairs)
+    _check_network(pipe)
+    if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
+        raise ValueError(f"Expected source dummy or prompt, infuse both, keys or values; got {source!r}, {infuse!r}.")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
+    if source == "prompt" and len({concept.learned is None for concept in concepts}) > 1:
+        raise ValueError(
+            "source prompt needs all concepts in the tokenizer, or all of them loaded by alignkit.concepts."
+        )
+    if "encode_prompt" in vars(pipe):
+        raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
+    names = text_layers(pipe.unet)
+    unknown = sorted(set(layers or ()) - set(names))
+    if unknown or (layers is not None and not layers):
+        raise ValueError(f"layers: expected some of {names}, got {unknown or 'none'}.")
+    if timesteps is not None and not timesteps[0] <= timesteps[1]:
+        raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
+
+    text = _Text(custom or pipe, base or pipe, concepts, source, len(names))
+    if not two_weights and base is None and custom is None:
+        text.check_customised(pipe)
+    varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
+    everywhere = infuse == "both" and layers is None and timesteps is None
+    everywhere = everywhere and all(concept.values_from is None for concept in concepts)
+    with ExitStack() as stack:
+        numbers = None
+        if two_weights or varies or not everywhere:
+            where = torch.tensor([float(layers is None or name in layers) for name in names])
+            numbers = _Bank(text, two_weights, infuse, strength, where, timesteps)
+            stack.enter_context(context_bank(pipe.unet, numbers))
+            nets = getattr(pipe, "controlnet", None)
+            for net in getattr(nets, "nets", [nets] if nets is not None else []):
+                stack.enter_context(context_bank(net, _base_rows(text.window)))
+            if two_weights:
+                stack.enter_context(paired_projections(pairs))
+        handle = pipe.unet.register_forward_pre_hook(lambda *_: _check_network(pipe, RuntimeError))
+        stack.callback(handle.remove)
+        original = pipe.encode_prompt
+        stack.callback(pipe.__dict__.pop, "encode_prompt")
+        pipe.encode_prompt = _encode_prompt(original, text, numbers, strength)
+        yield pipe
+
+
+# Text
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows [start, stop) of a prompt's embedding; the concept's come from its occurrence number `index` in `text`."""
+
+    start: int
+    stop: int
+    concept: Concept
+    text: str
+    index: int
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt in the base's words, P_0.
+
+    `order` [S]: the row of the base's embedding that stands at each place, the noun's at the concepts' places. `extra`:
+    settings of the pipeline's `encode_prompt`, as pairs.
+    """
+
+    plain: str
+    order: list[int]
+    spans: tuple[_Span, ...]
+    extra: tuple[tuple[str, Any], ...]
+
+
+class _Text:
+    """Prompts in the base's words, and the rows of the concepts in the customised model's."""
+
+    def __init__(self, custom: Any, base: Any, concepts: Sequence[Concept], source: str, num_layers: int):
+        self.custom, self.base, self.concepts, self.source = custom, base, concepts, source
+        self.num_layers, self.cache = num_layers, {}
+        self.window = min(tokenizer.model_max_length for tokenizer in _tokenizers(base))
+        self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
+
+    def check_customised(self, pipe: Any) -> None:
+        """ValueError for a phrase that is nothing but plain words, in a pipeline that nobody customised."""
+        adapted = any(_adapters(encoder) for encoder in _text_encoders(pipe))
+        for concept in self.concepts:
+            known = [token for t in _tokenizers(pipe) for token in t.get_added_vocab() if token in concept.phrase]
+            if not (adapted or known or concept.learned is not None or concept.values_from):
+                raise ValueError(
+                    f"Nothing in this pipeline is customised for {concept.phrase!r}: expected a token of Textual "
+                    "Inversion, a LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
+                )
+
+    def find(self, prompt: str) -> list[tuple[int, int, Concept]]:
+        """(start, stop, concept) in characters, for every occurrence, in their order."""
+        return _find(prompt, self.concepts)
+
+    def prompt(self, prompt: str, extra: dict[str, Any]) -> _Prompt:
+        """Raises ValueError when it is too long with the concepts' own rows."""
+        occurrences = self.find(prompt)
+        plain, places, end = "", [], 0
+        for start, stop, concept in occurrences:
+            plain += prompt[end:start]
+            places.append((len(plain), len(plain) + len(concept.noun)))
+            plain, end = plain + concept.noun, stop
+        plain += prompt[end:]
+        window = self.window
+        rows, length = _rows(self.base, plain, places)
+
+        order: list[int] = []
+        spans, end = [], 0
+        for number, ((start, stop), occurrence) in enumerate(zip(rows, occurrences, strict=True)):
+            concept = occurrence[2]
+            text, index = (prompt, number) if self.source == "prompt" else (concept.dummy.format(concept.phrase), 0)
+            count = self.count(text, index, concept)
+            order += range(end, start)
+            spans.append(_Span(len(order), len(order) + count, concept, text, index))
+            order += [min(start + i, stop - 1) for i in range(count)]
+            end = stop
+        order += range(end, window)
+        longer = len(order) - window
+        if spans and length + longer > window:
+            raise ValueError(
+                f"Prompt too long: {window} tokens are read, this one has {length + longer}, counting the concepts' "
+                f"own. Shorten it: {prompt!r}"
+            )
+        # padding at the end gives or takes the difference, so that all prompts keep the length of the window
+        order = order[:window] + [window - 1] * -longer
+        return _Prompt(plain, order, tuple(spans), tuple(extra.items()))
+
+    def count(self, text: str, index: int, concept: Concept) -> int:
+        """Rows of the concept."""
+        if concept.learned is not None:
+            return concept.learned.module.num_vectors
+        start, stop = self.custom_rows(text)[index]
+        return stop - start
+
+    def custom_rows(self, text: str) -> list[tuple[int, int]]:
+        """Rows of every concept in a prompt of the customised model, where a placeholder may be several tokens."""
+        pieces, places, end = "", [], 0
+        for start, stop, _ in self.find(text):
+            pieces += self.convert(text[end:start])
+            phrase = self.convert(text[start:stop])
+            places.append((len(pieces), len(pieces) + len(phrase)))
+            pieces, end = pieces + phrase, stop
+        pieces += self.convert(text[end:])
+        return _rows(self.custom, pieces, places)[0]
+
+    def convert(self, text: str) -> str:
+        """As the pipeline's `encode_prompt` does: a token of several vectors is written out."""
+        return self.custom.maybe_convert_prompt(text, self.custom.tokenizer) if text.strip() else text
+
+    @torch.no_grad()
+    def concept_rows(self, prompt: _Prompt, span: _Span, timestep: float) -> tuple[Tensor, Tensor]:
+        """Keys and values of a concept in the customised model, each [L or 1, n, D]."""
+        learned = span.concept.learned
+        time = timestep if learned is not None and learned.module.varies_in_time else None
+        key = (span.text, span.index, span.concept.phrase, prompt.extra, time)
+        if key not in self.cache:
+            if learned is not None:
+                self.cache[key] = self.learned_rows(span, timestep, dict(prompt.extra))
+            else:
+                keys = values = self.stock_rows(span, span.concept.phrase, prompt.extra)
+                if span.concept.values_from is not None:
+                    values = self.stock_rows(span, span.concept.values_from, prompt.extra)
+                    if values.shape != keys.shape:
+                        raise ValueError(
+                            f"values_from: {span.concept.values_from!r} has {values.shape[1]} tokens, expected the "
+                            f"{keys.shape[1]} of {span.concept.phrase!r}."
+                        )
+                self.cache[key] = (keys, values)
+        return self.cache[key]
+
+    def stock_rows(self, span: _Span, words: str, extra: tuple) -> Tensor:
+        """[1, n, D]: of the words in the concept's place, by the pipeline's own text encoders."""
+        places = self.find(span.text)
+        start, stop, _ = places[span.index]
+        text = span.text[:start] + words + span.text[stop:]
+        if words == span.concept.phrase:
+            rows = self.custom_rows(text)[span.index]
+        else:
+            rows = _rows(self.custom, text, [(start, start + len(words))])[0][0]
+        return _encode(self.encode_custom, text, dict(extra))[0][:, slice(*rows)]
+
+    def learned_rows(self, span: _Span, timestep: float, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        from alignkit.concepts.text import encode_contexts, tokenize, towers
+
+        own = towers(self.custom)
+        learned = {concept.phrase: concept.learned for _, _, concept in self.find(span.text)}
+        tokens = [tokenize(tower, span.text, learned) for tower in own]
+        first = tokens[0].spans[span.index][1]
+        device = self.custom.unet.device
+        for concept in learned.values():
+            concept.module.to(device)
+        time = torch.tensor([float(timestep)], device=device)
+        clip_skip = extra.get("clip_skip") or 0
+        keys, values = encode_contexts(own, [tokens], learned, time, self.num_layers, clip_skip=clip_skip)
+        rows = slice(first, first + span.concept.learned.module.num_vectors)
+        return keys[0, :, rows].to(self.custom.unet.dtype), values[0, :, rows].to(self.custom.unet.dtype)
+
+
+def _find(prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int, Concept]]:
+    found = [
+        (m.start(), m.end(), concept) for concept in concepts for m in re.finditer(_pattern(concept.phrase), prompt)
+    ]
+    found.sort(key=lambda span: (span[0], -span[1]))
+    kept: list[tuple[int, int, Concept]] = []
+    for start, stop, concept in found:
+        if kept and start < kept[-1][1]:
+            if stop > kept[-1][1]:
+                raise ValueError(
+                    f"The concepts {kept[-1][2].phrase!r} and {concept.phrase!r} overlap in {prompt!r}: name each once."
+                )
+            continue  # within a longer one
+        kept.append((start, stop, concept))
+    return kept
+
+
+def _pattern(phrase: str) -> str:
+    """ "thing" is not in "things", nor "<thing>" in "<thing>_1"."""
+    return rf"(?<!\w){re.escape(phrase)}(?!\w)"
+
+
+def _rows(pipe: Any, text: str, places: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:
+    """Rows (start, stop) of the prompt's embedding that come from these characters; and how many are not padding."""
+    answers = []
+    for tokenizer in _tokenizers(pipe):
+        tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        offsets = tokens.offset_mapping
+        rows = []
+        for start, stop in places:
+            inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
+            if not inside:
+                raise ValueError(f"{text[start:stop]!r} has no token of its own in {text!r}.")
+            rows.append((inside[0], inside[-1] + 1))
+        answers.append((rows, len(offsets)))
+        if any(stop >= tokenizer.model_max_length for _, stop in rows):
+            raise ValueError(
+                f"Prompt too long: {tokenizer.model_max_length} tokens are read, and a concept lies behind them. "
+                f"Shorten it: {text!r}"
+            )
+    if any(answer != answers[0] for answer in answers):
+        raise ValueError(f"The two text encoders cut {text!r} into different tokens, so rows cannot be exchanged.")
+    rows, length = answers[0]
+    return rows, min(length, _tokenizers(pipe)[0].model_max_length)
+
+
+def token_rows(pipe: Any, text: str, start: int, stop: int) -> tuple[int, int]:
+    """First row and the row behind the last that these characters of a prompt have in its embedding."""
+    convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)
+    before, within = (
+        convert(part, pipe.tokenizer) if part.strip() else part for part in (text[:start], text[start:stop])
+    )
+    rows, _ = _rows(pipe, convert(text, pipe.tokenizer), [(len(before), len(before) + len(within))])
+    return rows[0]
+
+
+def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:
+    """(prompt_embeds [1, S, D], negative, ...) of one prompt without guidance, by the pipeline's own function."""
+    known = inspect.signature(encode_prompt).parameters
+    device = getattr(encode_prompt, "__self__", None)
+    given = {"prompt": text, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    given |= {name: value for name, value in extra.items() if name in known and value is not None}
+    return encode_prompt(**given, device=getattr(device, "_execution_device", None))
+
+
+# The pipeline's encode_prompt
+
+
+def _encode_prompt(original: Callable, text: _Text, bank: "_Bank | None", strength: float) -> Callable:
+    signature = inspect.signature(original)
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+        given = signature.bind(*args, **kwargs)
+        values = given.arguments
+        extra = {name: values[name] for name in ("clip_skip", "lora_scale") if values.get(name) is not None}
+        prompts = {}
+        for side in ("prompt", "negative_prompt"):
+            listed = [] if values.get(f"{side}_embeds") is not None else _listed(values.get(side))
+            prompts[side] = [text.prompt(prompt, extra) for prompt in listed]
+            if values.get(f"{side}_2") not in (None, values.get(side)):
+                raise ValueError(f"{side}_2 differs from {side}: with AlignIT both text encoders read the same.")
+            if listed:
+                plain = [prompt.plain for prompt in prompts[side]]
+                values[side] = plain[0] if isinstance(values[side], str) else plain
+                values.pop(f"{side}_2", None)
+        if prompts["prompt"] and not any(prompt.spans for prompt in prompts["prompt"]):
+            phrases = " or ".join(repr(concept.phrase) for concept in text.concepts)
+            warnings.warn(f"No concept in {values['prompt']!r}: expected {phrases}. The base draws it.", stacklevel=3)
+        with _without_adapters(text.base):
+            prompt_embeds, negative_prompt_embeds, *rest = text.encode_base(*given.args, **given.kwargs)
+        images = values.get("num_images_per_prompt", 1)
+        return (
+            _placed(prompt_embeds, prompts["prompt"], images, text, bank, strength),
+            _placed(negative_prompt_embeds, prompts["negative_prompt"], images, text, bank, strength),
+            *rest,
+        )
+
+    return encode_prompt
+
+
+def _listed(prompt: str | Sequence[str] | None) -> list[str]:
+    if prompt is None:
+        return []
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _placed(
+    embeds: Tensor | None,
+    prompts: list[_Prompt],
+    num_images_per_prompt: int,
+    text: _Text,
+    bank: "_Bank | None",
+    strength: float,
+) -> Tensor | None:
+    """The base's embeddings [B, S, D] with the concepts' rows or, for the bank, the prompts' numbers behind them."""
+    if embeds is None or (not prompts and _is_marked(embeds, text.window)):
+        return embeds
+    images = num_images_per_prompt if len(prompts) > 1 else len(embeds)
+    prompts = [prompt for prompt in prompts for _ in range(images)]
+    rows, numbers = list(embeds), [0] * len(embeds)
+    for i, prompt in enumerate(prompts):
+        if prompt.spans:
+            rows[i] = rows[i][prompt.order]
+            if bank is not None:
+                numbers[i] = bank.number(prompt)
+            else:
+                keys, _, mask = _infused(text, prompt, 0.0, rows[i])
+                rows[i] = torch.where(mask, torch.lerp(rows[i], keys[0], strength), rows[i])
+    embeds = torch.stack(rows)
+    return embeds if bank is None else _marked(embeds, numbers)
+
+
+def _infused(text: _Text, prompt: _Prompt, timestep: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The concepts' keys and values in their places, [L or 1, S, D], zero elsewhere; and where that is, [S, 1]."""
+    found = [text.concept_rows(prompt, span, timestep) for span in prompt.spans]
+    n_layers = max(len(keys) for keys, _ in found)
+    keys = like.new_zeros(n_layers, *like.shape)
+    values, mask = torch.zeros_like(keys), torch.zeros_like(like[:, :1], dtype=torch.bool)
+    for span, (own_keys, own_values) in zip(prompt.spans, found, strict=True):
+        keys[:, span.start : span.stop] = own_keys.to(like)
+        values[:, span.start : span.stop] = own_values.to(like)
+        mask[span.start : span.stop] = True
+    return keys, values, mask
+
+
+# The bank
+
+
+class _Bank:
+    """The context source: which prompt each row of the batch is (0: none of ours), and what its layers read."""
+
+    def __init__(
+        self,
+        text: _Text,
+        two_weights: bool,
+        infuse: str,
+        strength: float,
+        layers: Tensor,
+        timesteps: tuple[float, float] | None,
+    ):
+        self.text, self.two_weights, self.timesteps = text, two_weights, timesteps
+        self.layers = layers * strength
+        self.sides = [float(infuse in ("both", side)) for side in ("keys", "values")]
+        self.prompts: list[_Prompt | None] = [None]
+
+    def number(self, prompt: _Prompt) -> int:
+        if prompt not in self.prompts:
+            self.prompts.append(prompt)
+        return self.prompts.index(prompt)
+
+    def __call__(self, text: Tensor, timestep: Tensor) -> Tensor:
+        """[B, S + 1, D] -> [B, L, S, 2 D]; with two sets of weights [B, L, 2 S, 2 D], the base's rows first."""
+        if not _is_marked(text, self.text.window):  # given to the network past the pipeline
+            return self._joined(text[:, None], None, None)
+        numbers = (text[:, -1, 0].float() + BASE * text[:, -1, 1].float()).round().long().tolist()
+        text = text[:, None, :-1]
+        if not any(numbers):
+            return self._joined(text, None, None)
+        timesteps = timestep.tolist()
+        weights = self.layers.to(text)[None, :, None, None].repeat(len(text), 1, 1, 1)  # [B, L, 1, 1]
+        n_layers = len(self.layers)
+        infused = [text.new_zeros(len(text), n_layers, *text.shape[2:]) for _ in range(2)]
+        masks = text.new_zeros(len(text), 1, text.shape[2], 1)
+        for row, number in enumerate(numbers):
+            if not number:
+                continue
+            if self.timesteps is not None and not self.timesteps[0] <= timesteps[row] <= self.timesteps[1]:
+                weights[row] = 0
+            keys, values, mask = _infused(self.text, self.prompts[number], timesteps[row], text[row, 0])
+            infused[0][row], infused[1][row] = keys, values
+            masks[row, 0] = mask
+        return self._joined(text, infused, weights * masks)
+
+    def _joined(self, text: Tensor, infused: list[Tensor] | None, weights: Tensor | None) -> Tensor:
+        sides = []
+        for number, side in enumerate(self.sides):
+            if infused is None:
+                parts = [text, torch.zeros_like(text)]
+            else:
+                w = weights * side
+                parts = [(1 - w) * text, w * infused[number]]
+            sides.append(torch.cat(parts, dim=2) if self.two_weights else parts[0] + parts[1])
+        return torch.cat(sides, dim=-1)
+
+
+def _marked(embeds: Tensor, numbers: list[int]) -> Tensor:
+    """[B, S, D] with one row more that holds the prompt's number: repeating, guidance and batching carry it along."""
+    number = torch.tensor(numbers, device=embeds.device)
+    row = torch.zeros_like(embeds[:, :1])
+    row[:, 0, 0], row[:, 0, 1] = (number % BASE).to(row.dtype), (number // BASE).to(row.dtype)
+    return torch.cat([embeds, row], dim=1)
+
+
+def _is_marked(embeds: Tensor, window: int) -> bool:
+    """One row longer than the text encoder's window, and zero behind the number."""
+    return embeds.shape[1] == window + 1 and not embeds[:, -1, 2:].any()
+
+
+def _base_rows(window: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """For a ControlNet: what the base reads."""
+
+    def source(text: Tensor, timestep: Tensor) -> Tensor:
+        text = text[:, :-1] if _is_marked(text, window) else text
+        return torch.cat([text, text], dim=-1)[:, None]
+
+    return source
+
+
+# What a pipeline is made of, and what cannot be used
+
+
+def _as_concepts(concepts: Sequence[Any]) -> list[Concept]:
+    found = []
+    for concept in getattr(concepts, "concepts", None) or concepts:
+        for one in getattr(concept, "concepts", [concept]):
+            own = isinstance(one, Concept)
+            found.append(one if own else Concept(one.placeholder_token, one.super_category_token, learned=one))
+    if not found:
+        raise ValueError("Expected at least one concept, got none.")
+    return found
+
+
+def _check_phrases(concepts: Sequence[Concept]) -> None:
+    phrases = [concept.phrase for concept in concepts]
+    twice = {phrase for phrase in phrases if phrases.count(phrase) > 1}
+    if twice:
+        raise ValueError(f"Two concepts are called {twice.pop()!r}: each needs a phrase of its own.")
+    for concept in concepts:
+        if [c for _, _, c in _find(concept.dummy.format(concept.phrase), concepts)] != [concept]:
+            raise ValueError(
+                f"The dummy prompt {concept.dummy.format(concept.phrase)!r} has to hold {concept.phrase!r} once and no "
+                "other concept."
+            )
+
+
+def _check_family(pipe: Any) -> None:
+    if getattr(pipe, "transformer", None) is not None:
+        raise ValueError(
+            f"{type(pipe).__name__} mixes text and image in joint attention, so that after its first block every row "
+            "depends on the concept and no exchange of rows can keep the others as the base has them. Supported are "
+            "pipelines of SD 1.x, SD 2.x and SDXL."
+        )
+    if not all(hasattr(pipe, name) for name in ("unet", "text_encoder", "tokenizer", "encode_prompt")):
+        raise ValueError(f"Expected a pipeline of SD 1.x, SD 2.x or SDXL, got {type(pipe).__name__}.")
+    if getattr(pipe, "_merged_adapters", None):
+        raise ValueError(
+            f"The LoRA {sorted(pipe._merged_adapters)} was merged into the weights, so the base's are gone. Call "
+            "pipe.unfuse_lora() first, or load it without merging."
+        )
+
+
+def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for name, module in pipe.unet.named_modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(module, attention_processor.Attention) and type(processor).__name__ not in PROCESSORS:
+            raise kind(
+                f"{name} has the attention processor {type(processor).__name__}, which may read text in its own way: "
+                "call pipe.unet.set_default_attn_processor() first."
+            )
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        cache = next((hook for hook in hooks if hook.startswith(CACHES)), None)
+        if cache:
+            raise kind(
+                f"{name or 'the U-Net'} has the cache {cache}, which reuses attention of earlier steps: disable it."
+            )
+
+
+def _text_encoders(pipe: Any) -> list[nn.Module]:
+    return [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+
+
+def _tokenizers(pipe: Any) -> list[Any]:
+    return [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+
+
+def _adapters(module: nn.Module) -> list[nn.Module]:
+    """Layers with a LoRA of peft."""
+    return [m for m in module.modules() if hasattr(m, "base_layer") and hasattr(m, "enable_adapters")]
+
+
+@contextmanager
+def _without_adapters(pipe: Any) -> Iterator[None]:
+    """Inside, the text encoders are the base's."""
+    layers = [layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)]
+    enabled = [layer for layer in layers if not layer.disable_adapters]
+    for layer in enabled:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(True)

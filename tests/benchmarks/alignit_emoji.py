@@ -1,0 +1,242 @@
+"""What AlignIT gives back on the emoji world, by the evaluator: one cell a (customiser, tier, concept).
+
+    python tests/benchmarks/alignit_emoji.py --run                        # the cells that are missing
+    python tests/benchmarks/alignit_emoji.py --run --customiser lora --tier A
+    python tests/benchmarks/alignit_emoji.py                              # the table of what is there
+
+A cell trains the concept by its trainer's own command line from five pictures and draws 12 prompts, each with a second
+object, a background and, in half of them, a count, from three seeds, the same noise in every arm:
+
+- base: the base model, with the class noun
+- customised: what was trained
+- alignit
+- oracle: the base's U-Net with the concept's keys and values alone (customisers of weights only)
+- control, random rows: random token embeddings in the concept's place
+- control, noun's rows: AlignIT at strength 0
+
+"others" is the share of second objects, backgrounds and counts that are right; "identity" the mean cosine of the
+identity judge with the concept's pictures. A cell costs some four minutes of two idle cores; twelve concepts of two
+tiers, an hour and a half a customiser. Concepts are the replicates: intervals are paired bootstraps over them.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from argparse import ArgumentParser
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from alignkit import concepts as learned_concepts
+from alignkit.alignit import Concept, alignit
+from alignkit.base import load_base
+from alignkit.customized import Customized, load
+from alignkit.emoji import concepts, measure, scenes, sprites
+from alignkit.emoji.captions import article
+from alignkit.emoji.evaluator import Evaluator
+from alignkit.emoji.fit import to_float
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results" / "alignit_emoji.jsonl"
+NUMBER, SEEDS, PROMPTS = 12, (0, 1, 2), 12
+
+# customiser: trainer, config, overrides
+CUSTOMISERS = {
+    "textual_inversion": ("neti", "neti/emoji", {"method": "textual_inversion"}),
+    "p_plus": ("neti", "neti/emoji", {"method": "p_plus"}),
+    "neti": ("neti", "neti/emoji", {}),
+    "custom_diffusion": ("customize", "customize/emoji_custom_diffusion", {}),
+    "lora": ("customize", "customize/emoji_lora", {}),
+    "dreambooth": ("customize", "customize/emoji_dreambooth", {}),
+}
+CHANGES_WEIGHTS = ("custom_diffusion", "lora", "dreambooth")
+
+
+def key(customiser: str, tier: str, number: int) -> dict:
+    """What a cell is found by."""
+    _, config, overrides = CUSTOMISERS[customiser]
+    text = (ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8") + json.dumps(overrides)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    concept = concepts.concepts(tier)[number]
+    cell = {"customiser": customiser, "tier": tier, "concept": concept.name, "config": digest}
+    return cell | {"world_hash": measure.world_hash()}
+
+
+def cells() -> list[dict]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def noun_of(concept: concepts.EmojiConcept) -> str:
+    """What the base knows it as: the sprite's own name where it has seen the sprite, else its kind."""
+    return concept.sprite.name if concept.tint else concept.sprite.noun
+
+
+def train(customiser: str, tier: str, number: int) -> Path:
+    """Trains, or goes on where an earlier call stopped. Returns the folder, ready to be loaded."""
+    trainer, config, overrides = CUSTOMISERS[customiser]
+    cell, concept = key(customiser, tier, number), concepts.concepts(tier)[number]
+    name = f"{customiser}_{tier}_{concept.name.replace(' ', '_')}_{cell['config']}_{cell['world_hash']}"
+    folder = ROOT / "runs" / "benchmarks" / "alignit" / name
+    pictures = concepts.write(concept, folder / "pictures", seed=number)
+    command = [sys.executable, f"training/{trainer}.py", "--config", f"configs/{config}.yaml"]
+    command += ["--output_dir", str(folder), "--validation_steps", "0", "--report_to", "none"]
+    if trainer == "neti":
+        command += ["--train_data_dir", str(pictures), "--super_category_token", noun_of(concept).split()[-1]]
+    else:
+        command += ["--instance_data_dir", str(pictures), "--class_noun", noun_of(concept)]
+    for option, value in overrides.items():
+        command += [f"--{option}", value]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return folder
+
+
+def asked(concept: concepts.EmojiConcept, seed: int) -> list[dict]:
+    """Prompts with {} for the concept, and what is to be in them."""
+    rng = np.random.default_rng(seed)
+    named = [s for s in sprites.of_tier("named") if s != concept.sprite]
+    found = []
+    for i in range(PROMPTS):
+        second = named[rng.integers(len(named))]
+        color = list(scenes.BACKGROUNDS)[rng.integers(len(scenes.BACKGROUNDS))]
+        count = 2 if i % 2 else 1
+        others = f"two {second.plural}" if count == 2 else article(second.name)
+        place = f"on {article(color + ' background')}"
+        text = f"a {{}} and {others} {place}" if i % 4 < 2 else f"{others} and a {{}} {place}"
+        found.append({"prompt": text, "second": second.name, "count": count, "background": color})
+    return found
+
+
+def draw(pipe, texts: list[str], seed: int) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(texts))]
+    return pipe(
+        texts, generator=generators, num_inference_steps=25, guidance_scale=5.0, output_type="pt"
+    ).images.float().clamp(0, 1)  # fmt: skip
+
+
+def random_rows(base, phrase: str, noun: str, seed: int) -> Concept:
+    learned = learned_concepts.create("textual_inversion", base, "<random>", noun.split()[-1])
+    vectors = learned.module.vectors.data
+    drawn = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    vectors.copy_(drawn * vectors.norm() / drawn.norm())
+    return Concept("<random>", noun, learned=learned)
+
+
+def arms(customiser: str, base, customized: Customized, seed: int) -> dict:
+    """Name -> (pipeline, context, the concept's words)."""
+    concept = customized.concept
+    random = random_rows(base, concept.phrase, concept.noun, seed)
+    found = {
+        "base": (base, nullcontext(), concept.noun),
+        "customised": (customized.pipe, customized.plain(), concept.phrase),
+        "alignit": (customized.pipe, customized.aligned(), concept.phrase),
+        "control, random rows": (base, alignit(base, [random]), random.phrase),
+        "control, noun's rows": (customized.pipe, customized.aligned(strength=0.0), concept.phrase),
+    }
+    if customiser in CHANGES_WEIGHTS:
+        found["oracle"] = (base, alignit(base, [concept], custom=customized.pipe), concept.phrase)
+    return found
+
+
+def run_cell(customiser: str, tier: str, number: int) -> None:
+    concept, evaluator = concepts.concepts(tier)[number], Evaluator()
+    base = load_base("emoji").pipeline()
+    customized = load(load_base("emoji").pipeline(), train(customiser, tier, number))
+    shown = to_float(concepts.pictures(concept, 5, seed=number))
+    real = evaluator.embed_identity(shown)
+    wanted = asked(concept, number)
+    seconds = [want["second"] for want in wanted]
+    index = torch.tensor([[sprites.by_name(name).index] for name in seconds])
+    counts = torch.tensor([float(want["count"]) for want in wanted])
+    cell = key(customiser, tier, number) | {"arms": {}}
+    for arm, (pipe, context, words) in arms(customiser, base, customized, number).items():
+        figures = []
+        with context:
+            for seed in SEEDS:
+                images = draw(pipe, [want["prompt"].format(words) for want in wanted], seed)
+                found = evaluator.counts(images).gather(1, index)[:, 0]
+                right = [b == want["background"] for b, want in zip(evaluator.background(images), wanted, strict=True)]
+                several = counts > 1
+                figures.append(
+                    {
+                        "second": float((found > 0.5).float().mean()),
+                        "background": float(np.mean(right)),
+                        "count": float((found[several].round() == counts[several]).float().mean()),
+                        "identity": float((evaluator.embed_identity(images) @ real.T).mean()),
+                    }
+                )
+        mean = {name: round(float(np.mean([f[name] for f in figures])), 4) for name in figures[0]}
+        mean["others"] = round((mean["second"] + mean["background"] + mean["count"]) / 3, 4)
+        cell["arms"][arm] = mean
+    cell["commit"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(cell) + "\n")
+    print(json.dumps(cell), flush=True)
+
+
+def bootstrap(values: np.ndarray, statistic, draws: int = 10000) -> tuple[float, float]:
+    """95 % interval of a statistic of rows [concepts, ...]."""
+    rng = np.random.default_rng(0)
+    drawn = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(draws)]
+    return tuple(np.nanpercentile(drawn, [2.5, 97.5]))
+
+
+def share_back(rows: np.ndarray) -> float:
+    """Of what the customiser cost the others, the share that comes back; rows of (base, customised, alignit)."""
+    base, customised, aligned = rows.mean(0)
+    return (aligned - customised) / (base - customised) if base > customised else float("nan")
+
+
+def table() -> str:
+    """Markdown: a row for each customiser and tier."""
+    current = [cell for cell in cells() if cell["world_hash"] == measure.world_hash()]
+    head = ["customiser", "tier", "concepts", "others: base", "customised", "AlignIT", "oracle", "share back",
+            "identity: customised", "AlignIT", "random rows", "noun's rows"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for customiser in CUSTOMISERS:
+        for tier in "AB":
+            own = [c["arms"] for c in current if (c["customiser"], c["tier"]) == (customiser, tier)]
+            if not own:
+                continue
+
+            def mean(arm: str, figure: str, own: list[dict] = own) -> str:
+                return f"{np.mean([c[arm][figure] for c in own]):.3f}" if arm in own[0] else ""
+
+            others = np.array([[c[arm]["others"] for arm in ("base", "customised", "alignit")] for c in own])
+            low, high = bootstrap(others, share_back)
+            row = [customiser, tier, str(len(own))]
+            row += [mean(arm, "others") for arm in ("base", "customised", "alignit", "oracle")]
+            row += [f"{share_back(others):.2f} [{low:.2f}, {high:.2f}]"]
+            row += [mean(arm, "identity") for arm in ("customised", "alignit")]
+            row += [mean(f"control, {rows}", "identity") for rows in ("random rows", "noun's rows")]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="run the cells that are missing")
+    parser.add_argument("--customiser", choices=list(CUSTOMISERS), action="append")
+    parser.add_argument("--tier", choices=["A", "B"], action="append")
+    parser.add_argument("--concepts", type=int, default=NUMBER, help="the first so many of each tier")
+    args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    if args.run:
+        for number in range(args.concepts):
+            for tier in args.tier or "AB":
+                for customiser in args.customiser or CUSTOMISERS:
+                    wanted = key(customiser, tier, number)
+                    if not any(wanted.items() <= cell.items() for cell in cells()):
+                        run_cell(customiser, tier, number)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

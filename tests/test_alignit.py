@@ -1,0 +1,695 @@
+"""AlignIT on a Stable Diffusion of a few thousand parameters: which rows of which layer are whose, to the last bit."""
+
+import contextlib
+import copy
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from alignkit import concepts
+from alignkit.alignit import Concept, alignit
+from alignkit.attention import projection_pairs, text_layers
+from alignkit.base import load_base
+from alignkit.customized import cross_attention, load_custom_diffusion, save_custom_diffusion
+from tests.tiny import save_tiny_model
+
+KINDS = (
+    "textual_inversion", "two_vectors", "p_plus", "neti", "lora", "text_lora", "custom_diffusion", "dreambooth",
+    "graft",
+)  # fmt: skip
+PROMPT, PLAIN = "a <t> dog and a hat", "a dog and a hat"  # a byte a token
+STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@functools.cache
+def loaded(tiny_model: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    return load_base(tiny_model, random_init=True, dtype=dtype).pipeline()
+
+
+def new_pipe(tiny_model: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    parts = {name: copy.deepcopy(part) for name, part in loaded(tiny_model, dtype).components.items()}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def shake(parameters, scale: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in parameters:
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@dataclass
+class Case:
+    """`pipe` with AlignIT's `settings`; `base` and `custom` are plain pipelines of the two models."""
+
+    pipe: StableDiffusionPipeline
+    base: StableDiffusionPipeline
+    custom: StableDiffusionPipeline
+    concept: Concept
+    two_weights: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def aligned(self, **settings):
+        return alignit(self.pipe, [self.concept], **{**self.settings, **settings})
+
+
+def customise(kind: str, pipe: StableDiffusionPipeline, tmp_path) -> None:
+    if kind in ("textual_inversion", "two_vectors", "custom_diffusion"):
+        rows = torch.randn(2 if kind == "two_vectors" else 1, 16, generator=torch.Generator().manual_seed(1))
+        pipe.load_textual_inversion({"<t>": rows if len(rows) > 1 else rows[0]})
+    if kind == "lora":
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]))
+        shake(p for n, p in pipe.unet.named_parameters() if "lora_" in n)
+    if kind == "text_lora":
+        torch.manual_seed(0)
+        pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        shake(p for n, p in pipe.text_encoder.named_parameters() if "lora_" in n)
+    if kind == "custom_diffusion":
+        shaken = copy.deepcopy(pipe.unet)
+        shake(getattr(a, part).weight for a in cross_attention(shaken).values() for part in ("to_k", "to_v"))
+        load_custom_diffusion(pipe, save_custom_diffusion(tmp_path, shaken))
+    if kind in ("dreambooth", "graft"):
+        shake(pipe.unet.parameters(), 0.1)
+        shake(pipe.text_encoder.parameters(), 0.1)
+    for module in (pipe.unet, pipe.text_encoder):
+        module.requires_grad_(False)
+
+
+def make(kind: str, tiny_model: str, tmp_path, dtype: torch.dtype = torch.float32) -> Case:
+    base, custom = new_pipe(tiny_model, dtype), new_pipe(tiny_model, dtype)
+    customise(kind, custom, tmp_path)
+    phrase = "<t>" if kind in ("textual_inversion", "two_vectors") else "<t> dog"
+    two_weights = kind in ("lora", "custom_diffusion", "dreambooth", "graft")
+    concept = Concept(phrase, "dog", dummy="one {} here")
+    if kind in ("p_plus", "neti"):
+        learned = concepts.create(kind, base, "<t>", "dog", **({"num_vectors": 2} if kind == "p_plus" else {}))
+        shake(learned.module.parameters())
+        concept = Concept("<t>", "dog", dummy="one {} here", learned=learned)
+    if kind == "graft":
+        return Case(base, new_pipe(tiny_model, dtype), custom, concept, two_weights, {"custom": custom})
+    pipe = new_pipe(tiny_model, dtype)
+    customise(kind, pipe, tmp_path)
+    return Case(pipe, base, custom, concept, two_weights, {"base": base} if kind == "dreambooth" else {})
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=KINDS)
+def case(request, tiny_model, tmp_path) -> Case:
+    return make(request.param, tiny_model, tmp_path)
+
+
+@pytest.fixture
+def lora(tiny_model, tmp_path) -> Case:
+    return make("lora", tiny_model, tmp_path)
+
+
+@pytest.fixture
+def inversion(tiny_model, tmp_path) -> Case:
+    return make("textual_inversion", tiny_model, tmp_path)
+
+
+def prompt_of(case: Case) -> str:
+    return PROMPT.replace("<t> dog", case.concept.phrase)
+
+
+def draw(pipe, prompt, **settings) -> Tensor:
+    number = 1 if isinstance(prompt, str) else len(prompt)
+    generators = [torch.Generator().manual_seed(i) for i in range(number)]
+    return pipe(prompt, generator=generators, **{**STEPS, **settings}).images
+
+
+@contextlib.contextmanager
+def recorded(unet: nn.Module):
+    """Keys and values of every layer's first call, [B, S, C] by "<layer>.to_k", of the projection that is used."""
+    record: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(module, args, output):
+            record.setdefault(name, output.clone())
+
+        return hook
+
+    handles = [pair.module.register_forward_hook(keep(pair.name)) for pair in projection_pairs(unet)]
+    yield record
+    for handle in handles:
+        handle.remove()
+
+
+def customised(case: Case):
+    """Inside, `case.custom` draws the concept as its customiser meant it."""
+    learned = case.concept.learned
+    return contextlib.nullcontext() if learned is None else concepts.Concepts([learned]).applied(case.custom)
+
+
+def concept_rows(case: Case, text: str) -> slice:
+    rows = rows_of(case.custom, text, case.concept.phrase)
+    if case.concept.learned is None:
+        return rows
+    return slice(rows.start, rows.start + case.concept.learned.module.num_vectors)
+
+
+def rows_of(pipe, text: str, part: str) -> slice:
+    """Rows of the embedding, by the tokens before and within."""
+
+    def convert(text: str) -> str:
+        return pipe.maybe_convert_prompt(text, pipe.tokenizer) if text.strip() else text
+
+    before = text[: text.index(part)].rstrip()
+    start = 1 + len(pipe.tokenizer(convert(before), add_special_tokens=False).input_ids)
+    return slice(start, start + len(pipe.tokenizer(convert(part), add_special_tokens=False).input_ids))
+
+
+# Whose row is whose: the promise
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_row_by_row(kind, tiny_model, tmp_path, dtype):
+    """F 17, 18: of every layer; base rows are the base's for P_0, concept rows the customised model's for D."""
+    case = make(kind, tiny_model, tmp_path, dtype)
+    with recorded(case.base.unet) as base:
+        draw(case.base, PLAIN)
+    dummy = case.concept.dummy.format(case.concept.phrase)
+    with customised(case), recorded(case.custom.unet) as custom:
+        draw(case.custom, dummy)
+    with case.aligned(), recorded(case.pipe.unet) as ours:
+        draw(case.pipe, prompt_of(case))
+    noun, concept = rows_of(case.base, PLAIN, "dog"), concept_rows(case, dummy)
+    n, m, length = concept.stop - concept.start, noun.stop - noun.start, 40
+    assert base.keys() == custom.keys() == ours.keys() and len(ours) == 2 * len(cross_attention(case.base.unet))
+    for name, got in ours.items():
+        assert got.shape[1] == length
+        assert torch.equal(got[0], base[name][0]), "negative prompt"
+        assert torch.equal(got[1, : noun.start], base[name][1, : noun.start])
+        assert torch.equal(got[1, noun.start : noun.start + n], custom[name][1, concept]), name
+        behind = length - noun.start - max(n, m)
+        assert torch.equal(got[1, noun.start + n :][:behind], base[name][1, noun.stop :][:behind])
+
+
+def test_image_differs_from_both_and_is_finite(case):
+    with case.aligned():
+        image = draw(case.pipe, prompt_of(case))
+    assert image.isfinite().all()
+    with customised(case):
+        assert not torch.equal(image, draw(case.custom, prompt_of(case)))
+    assert not torch.equal(image, draw(case.base, PLAIN))
+
+
+def test_no_trace(case):
+    """F 27: hooks, processors, tokenizer, encode_prompt; the same pixels before and after, and after an exception."""
+    prompt = prompt_of(case)
+    before, state = draw(case.pipe, prompt), trace(case.pipe)
+    with case.aligned():
+        draw(case.pipe, prompt)
+    with pytest.raises(KeyError), case.aligned(infuse="keys"):
+        draw(case.pipe, prompt)
+        raise KeyError
+    assert trace(case.pipe) == state and torch.equal(draw(case.pipe, prompt), before)
+
+
+def trace(pipe) -> tuple:
+    # the first such call leaves hooks of transformers in its own model, whoever makes it
+    pipe.text_encoder(torch.tensor([[0]]), output_hidden_states=True)
+    modules = [m for net in (pipe.unet, pipe.text_encoder, pipe.vae) for m in net.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in modules]
+    flags = [m.disable_adapters for m in modules if hasattr(m, "base_layer")]
+    return hooks, flags, [id(p) for p in pipe.unet.attn_processors.values()], len(pipe.tokenizer), set(vars(pipe))
+
+
+def test_weights_stay(case):
+    before = [p.clone() for net in (case.pipe.unet, case.pipe.text_encoder) for p in net.parameters()]
+    with case.aligned():
+        draw(case.pipe, prompt_of(case))
+    after = [p for net in (case.pipe.unet, case.pipe.text_encoder) for p in net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# Identities
+
+
+def test_strength_zero_is_the_base_text(case):
+    """F 22. Of customisers that leave the body of the U-Net alone, the base's very picture."""
+    with case.aligned(strength=0.0), recorded(case.pipe.unet) as ours:
+        image = draw(case.pipe, prompt_of(case))
+    with recorded(case.base.unet) as base:
+        plain = draw(case.base, PLAIN)
+    for name, got in ours.items():
+        rows = 40 - 4  # the concept's length differs from the noun's by a few tokens, at the padding's cost
+        if prompt_rows_equal(case):
+            assert torch.equal(got[:, :rows], base[name][:, :rows])
+    if prompt_rows_equal(case) and not case.two_weights:
+        torch.testing.assert_close(image, plain, rtol=1e-4 if image.dtype == torch.float32 else 3e-2, atol=1e-4)
+
+
+def prompt_rows_equal(case: Case) -> bool:
+    """Whether the concept takes as many rows as the noun, so that all rows keep their places."""
+    dummy = case.concept.dummy.format(case.concept.phrase)
+    concept, noun = concept_rows(case, dummy), rows_of(case.base, PLAIN, "dog")
+    return concept.stop - concept.start == noun.stop - noun.start
+
+
+def test_concept_of_the_base_is_the_base(tiny_model, dtype):
+    """A LoRA that has learnt nothing, source prompt, phrase = noun's length: the base's own picture, bit for bit."""
+    base, pipe = new_pipe(tiny_model, dtype), new_pipe(tiny_model, dtype)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))  # B = 0
+    with alignit(pipe, [Concept("dog", "dog")], source="prompt"):
+        assert torch.equal(draw(pipe, PLAIN), draw(base, PLAIN))
+
+
+def test_without_a_concept_it_is_the_base(case):
+    """F 17: with a warning, and base rows everywhere."""
+    with case.aligned(), recorded(case.pipe.unet) as ours, pytest.warns(UserWarning, match="No concept in 'a hat'"):
+        draw(case.pipe, "a hat")
+    with recorded(case.base.unet) as base:
+        draw(case.base, "a hat")
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
+def test_every_token_is_the_customised_model(lora):
+    """F 17: a concept that is the whole prompt, from the same prompt: only start, end and padding stay the base's."""
+    concept = Concept("a dog and a hat", "a dog and a hat")
+    with recorded(lora.custom.unet) as custom:
+        draw(lora.custom, PLAIN)
+    with alignit(lora.pipe, [concept], source="prompt"), recorded(lora.pipe.unet) as ours:
+        draw(lora.pipe, PLAIN)
+    rows = rows_of(lora.base, PLAIN, PLAIN)
+    assert all(torch.equal(ours[name][1, rows], custom[name][1, rows]) for name in custom)
+
+
+def test_composing_rows_equals_infusing_keys_and_values(tiny_model, tmp_path, dtype):
+    """F 19: of Textual Inversion, by rows of prompt_embeds and through the context bank."""
+    for kind in ("textual_inversion", "two_vectors"):
+        case = make(kind, tiny_model, tmp_path, dtype)
+        with case.aligned(), recorded(case.pipe.unet) as composed:
+            one = draw(case.pipe, prompt_of(case))
+        with case.aligned(layers=text_layers(case.pipe.unet)), recorded(case.pipe.unet) as infused:
+            two = draw(case.pipe, prompt_of(case))
+        assert all(torch.equal(composed[name], infused[name]) for name in composed) and torch.equal(one, two)
+
+
+def test_concept_rows_do_not_depend_on_the_prompt(case):
+    """F 20: a word before and one behind are changed."""
+    found = []
+    for prompt in (prompt_of(case), prompt_of(case).replace("a hat", "a cap")):
+        with case.aligned(), recorded(case.pipe.unet) as ours:
+            draw(case.pipe, prompt)
+        found.append(ours)
+    rows = concept_rows(case, prompt_of(case))
+    assert all(torch.equal(found[0][name][1, rows], found[1][name][1, rows]) for name in found[0])
+    assert not all(torch.equal(found[0][name][1], found[1][name][1]) for name in found[0])
+
+
+def test_source_prompt_reads_the_words_before(inversion):
+    """The concept's rows are those of the whole prompt in the customised model."""
+    with recorded(inversion.custom.unet) as custom:
+        draw(inversion.custom, prompt_of(inversion))
+    with inversion.aligned(source="prompt"), recorded(inversion.pipe.unet) as ours:
+        draw(inversion.pipe, prompt_of(inversion))
+    rows = rows_of(inversion.custom, prompt_of(inversion), "<t>")
+    assert all(torch.equal(ours[name][1, rows], custom[name][1, rows]) for name in custom)
+
+
+# Options
+
+
+@pytest.mark.parametrize("infuse", ["keys", "values"])
+def test_keys_or_values_alone(case, infuse):
+    """F 22: the other side is that of strength 0, the same side that of both."""
+    records = {}
+    for name, settings in {"both": {}, "none": {"strength": 0.0}, "one": {"infuse": infuse}}.items():
+        with case.aligned(**settings), recorded(case.pipe.unet) as records[name]:
+            draw(case.pipe, prompt_of(case))
+    for name, got in records["one"].items():
+        same = "both" if name.endswith("to_k") == (infuse == "keys") else "none"
+        assert torch.equal(got, records[same][name])
+    assert any(not torch.equal(records["both"][name], records["none"][name]) for name in records["both"])
+
+
+def test_some_layers(case):
+    names = text_layers(case.pipe.unet)
+    records = {}
+    for key, settings in {"both": {}, "none": {"strength": 0.0}, "one": {"layers": names[1:2]}}.items():
+        with case.aligned(**settings), recorded(case.pipe.unet) as records[key]:
+            draw(case.pipe, prompt_of(case))
+    for name, got in records["one"].items():
+        assert torch.equal(got, records["both" if name.startswith(names[1]) else "none"][name])
+
+
+def test_window_of_timesteps(lora):
+    """The first of two steps has timestep 501: windows that hold it or not."""
+    records = {}
+    settings = {
+        "both": {},
+        "none": {"strength": 0.0},
+        "inside": {"timesteps": (400, 600)},
+        "out": {"timesteps": (0, 400)},
+    }
+    for key, window in settings.items():
+        with lora.aligned(**window), recorded(lora.pipe.unet) as records[key]:
+            draw(lora.pipe, prompt_of(lora))
+    for name in records["both"]:
+        assert torch.equal(records["inside"][name], records["both"][name])
+        assert torch.equal(records["out"][name], records["none"][name])
+
+
+def test_strength_is_linear(case):
+    records = []
+    for strength in (0.0, 0.5, 1.0):
+        with case.aligned(strength=strength), recorded(case.pipe.unet) as record:
+            draw(case.pipe, prompt_of(case))
+        records.append(record)
+    tolerance = 1e-5 if case.pipe.unet.dtype == torch.float32 else 3e-2
+    for name in records[0]:
+        mean = (records[0][name].float() + records[2][name].float()) / 2
+        torch.testing.assert_close(records[1][name].float(), mean, rtol=tolerance, atol=tolerance)
+
+
+# Prompts, batches, guidance
+
+
+def test_batch_of_different_prompts(case):
+    """The concept twice, elsewhere, and not at all: each row as it is alone; F 16."""
+    phrase = case.concept.phrase
+    prompts = [f"a {phrase}, one {phrase}", f"my red {phrase}", "a hat"]
+    with case.aligned(), recorded(case.pipe.unet) as together:
+        draw(case.pipe, prompts)
+    tolerance = 1e-5 if case.pipe.unet.dtype == torch.float32 else 3e-2
+    for i, prompt in enumerate(prompts):
+        with case.aligned(), recorded(case.pipe.unet) as alone, contextlib.suppress(UserWarning):
+            draw(case.pipe, prompt)
+        for name in alone:
+            torch.testing.assert_close(together[name][3 + i], alone[name][1], rtol=tolerance, atol=tolerance)
+
+
+def test_guidance_batched_or_not_and_several_images(lora):
+    """F 14: the negative half is the base's; without guidance the conditional rows are the same."""
+    with lora.aligned():
+        with recorded(lora.pipe.unet) as both:
+            draw(lora.pipe, prompt_of(lora), negative_prompt="a cap")
+        with recorded(lora.pipe.unet) as one:
+            draw(lora.pipe, prompt_of(lora), guidance_scale=1.0)
+        with recorded(lora.pipe.unet) as four:
+            lora.pipe([prompt_of(lora), "a hat"], num_images_per_prompt=2, **STEPS)
+    with recorded(lora.base.unet) as base:
+        draw(lora.base, PLAIN, negative_prompt="a cap")
+    for name in both:
+        assert torch.equal(both[name][0], base[name][0])
+        torch.testing.assert_close(both[name][1], one[name][0])
+        torch.testing.assert_close(four[name][4], four[name][5], rtol=0, atol=0)
+        torch.testing.assert_close(four[name][4], one[name][0])
+
+
+def test_embeddings_brought_along(lora):
+    """Those that encode_prompt made inside are AlignIT's; others are text of the base."""
+    with lora.aligned():
+        made = draw(lora.pipe, prompt_of(lora))
+        embeds, negative = lora.pipe.encode_prompt(prompt_of(lora), "cpu", 1, True)
+        assert torch.equal(draw_embeds(lora.pipe, embeds, negative), made)
+        plain, empty = lora.base.encode_prompt(PLAIN, "cpu", 1, True)
+        with recorded(lora.pipe.unet) as ours:
+            draw_embeds(lora.pipe, plain, empty)
+    with recorded(lora.base.unet) as base:
+        draw(lora.base, PLAIN)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
+def draw_embeds(pipe, embeds: Tensor, negative: Tensor) -> Tensor:
+    generator = [torch.Generator().manual_seed(0)]
+    return pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, generator=generator, **STEPS).images
+
+
+def test_two_concepts_in_one_prompt(tiny_model):
+    """One name is the beginning of the other; each keeps its own rows."""
+    pipe, base = new_pipe(tiny_model, torch.float32), new_pipe(tiny_model, torch.float32)
+    for i, token in enumerate(("<t>", "<t>_2")):
+        pipe.load_textual_inversion({token: torch.randn(16, generator=torch.Generator().manual_seed(i))})
+    both = [Concept("<t>", "x", dummy="{}"), Concept("<t>_2", "y", dummy="{}")]
+    single = [pipe.encode_prompt(name, "cpu", 1, False)[0][0, 1] for name in ("<t>", "<t>_2")]
+    with alignit(pipe, both):
+        embeds = pipe.encode_prompt("<t>_2 and <t> and <t>_2", "cpu", 1, False)[0][0]
+    expected = base.encode_prompt("y and x and y", "cpu", 1, False)[0][0]
+    for row, concept in zip(rows_at(base, "y and x and y", "yxy"), (1, 0, 1), strict=True):
+        expected[row] = single[concept]
+    assert torch.equal(embeds, expected)
+
+
+def rows_at(pipe, text: str, letters: str) -> list[int]:
+    tokens = pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer(text).input_ids)
+    return [i for i, token in enumerate(tokens) if token.removesuffix("</w>") in set(letters)]
+
+
+def test_gradients_with_and_without_checkpointing(case):
+    """F 13: the contexts' gradient, through blocks that are computed a second time."""
+    unet, gradients = case.pipe.unet.float(), []
+    case.pipe.text_encoder.float()
+    for other in case.settings.values():
+        other.unet.float(), other.text_encoder.float()
+    with case.aligned(infuse="values"):
+        embeds = case.pipe.encode_prompt(prompt_of(case), "cpu", 1, False)[0]
+        x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for checkpointing in (False, True):
+            unet.train()
+            (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
+            given = embeds.clone().requires_grad_()
+            output = unet(x_t, 10, given).sample
+            unet(output, 500, given).sample.square().sum().backward()
+            gradients.append(given.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def test_bank_beside_img2img_and_second_order(lora):
+    """F 15: the timestep is the network's own, in a solver that calls it twice a step and with floats."""
+    from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
+
+    pipe = StableDiffusionImg2ImgPipeline(**lora.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with alignit(pipe, [lora.concept], timesteps=(0, 300)), recorded(pipe.unet) as ours:
+        pipe(prompt_of(lora), torch.rand(1, 3, 16, 16), strength=0.3, num_inference_steps=10, output_type="latent")
+    with lora.aligned(), recorded(lora.pipe.unet) as full:
+        draw(lora.pipe, prompt_of(lora))
+    assert all(torch.equal(ours[name], full[name]) for name in full)
+
+
+def test_controlnet_reads_the_base(lora):
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(lora.base.unet, conditioning_embedding_out_channels=(4, 8)).eval()
+    parts = lora.pipe.components | {"controlnet": controlnet}
+    pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    control = torch.rand(1, 3, 16, 16)
+    plain = StableDiffusionControlNetPipeline(
+        **(lora.base.components | {"controlnet": controlnet}), requires_safety_checker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    with recorded(controlnet) as base:
+        plain(PLAIN, control, **STEPS)
+    with alignit(pipe, [lora.concept]), recorded(controlnet) as ours:
+        pipe(prompt_of(lora), control, **STEPS)
+    noun = rows_of(lora.base, PLAIN, "dog")
+    assert all(torch.equal(ours[name][1, : noun.stop], base[name][1, : noun.stop]) for name in base)
+
+
+def test_values_of_other_words(tiny_model):
+    """Keys of one word, values of another, each as its own model call has them; every other row the base's."""
+    pipe = new_pipe(tiny_model, torch.float32)
+    records = {}
+    for text in (PLAIN, "a cat", "a dog"):
+        with recorded(pipe.unet) as records[text]:
+            draw(pipe, text)
+    concept = Concept("dog", "dog", dummy="a {}", values_from="cat")
+    with alignit(pipe, [concept]), recorded(pipe.unet) as ours:
+        draw(pipe, PLAIN)
+    noun = rows_of(pipe, PLAIN, "dog")
+    for name, got in ours.items():
+        own = records["a dog" if name.endswith("to_k") else "a cat"][name]
+        assert torch.equal(got[1, noun], own[1, noun])
+        rest = torch.ones(40, dtype=torch.bool)
+        rest[noun] = False
+        assert torch.equal(got[1, rest], records[PLAIN][name][1, rest])
+    longer = Concept("dog", "dog", values_from="horse")
+    with alignit(pipe, [longer]), pytest.raises(ValueError, match="'horse' has 5 tokens, expected the 3"):
+        draw(pipe, PLAIN)
+
+
+@pytest.fixture
+def sdxl(tiny_model) -> StableDiffusionXLPipeline:
+    """Both text encoders, pooled text and time ids."""
+    tiny = new_pipe(tiny_model, torch.float32)
+
+    def config(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tiny.tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=40, projection_dim=10, eos_token_id=2,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), cross_attention_dim=20, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 10,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny.vae, unet=unet, scheduler=tiny.scheduler, tokenizer=tiny.tokenizer, tokenizer_2=tiny.tokenizer,
+        text_encoder=CLIPTextModel(config(8)).eval(), text_encoder_2=CLIPTextModelWithProjection(config(12)).eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_sdxl(sdxl):
+    """Rows of both encoders; the pooled text is the noun prompt's; zeros for an empty negative prompt go through."""
+    unet = sdxl.unet
+    settings = {"height": 16, "width": 16}
+    with recorded(unet) as base:
+        draw(sdxl, PLAIN, **settings)
+    pooled = sdxl.encode_prompt(PLAIN, device="cpu")[2]
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
+    shake(p for n, p in unet.named_parameters() if "lora_" in n)
+    concept = Concept("<t> dog", "dog", dummy="one {} here")
+    with recorded(unet) as custom:
+        draw(sdxl, "one <t> dog here", **settings)
+    with alignit(sdxl, [concept]), recorded(unet) as ours:
+        draw(sdxl, PROMPT, **settings)
+        assert torch.equal(sdxl.encode_prompt(PROMPT, device="cpu")[2], pooled)
+        with pytest.raises(ValueError, match="both text encoders read the same"):
+            sdxl.encode_prompt(PROMPT, prompt_2="a hat", device="cpu")
+    noun, rows = rows_of(sdxl, PLAIN, "dog"), rows_of(sdxl, "one <t> dog here", "<t> dog")
+    n = rows.stop - rows.start
+    for name, got in ours.items():
+        assert torch.equal(got[0], base[name][0]) and torch.equal(got[1, : noun.start], base[name][1, : noun.start])
+        assert torch.equal(got[1, noun.start : noun.start + n], custom[name][1, rows])
+        behind = 40 - noun.start - n
+        assert torch.equal(got[1, noun.start + n :], base[name][1, noun.stop :][:behind])
+    learned = concepts.create("textual_inversion", sdxl, "<x>", "dog")
+    shake(learned.module.parameters())
+    unet.disable_adapters()
+    with alignit(sdxl, [Concept("<x>", "dog", learned=learned)]):
+        assert draw(sdxl, "a <x>", **settings).isfinite().all()
+
+
+# Refused by name
+
+
+def test_merged_lora(lora):
+    lora.pipe.unet.fuse_lora()
+    with pytest.raises(ValueError, match="was merged into the weights"), lora.aligned():
+        pass
+
+
+def test_fused_projections(lora):
+    plain = new_pipe_like(lora)
+    plain.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="fused projections"), alignit(plain, [lora.concept], custom=lora.custom):
+        pass
+
+
+def new_pipe_like(case: Case) -> StableDiffusionPipeline:
+    return copy.copy(case.base)
+
+
+class Foreign:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        return hidden_states
+
+
+def test_foreign_processor_and_exchange_inside(lora, inversion):
+    for case in (lora, inversion):
+        with case.aligned():
+            case.pipe.unet.set_attn_processor(Foreign())
+            with pytest.raises(RuntimeError, match="attention processor Foreign"):
+                draw(case.pipe, prompt_of(case))
+        with pytest.raises(ValueError, match="attention processor Foreign"), case.aligned():
+            pass
+
+
+def test_step_cache(inversion):
+    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    config = PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2,
+        current_timestep_callback=lambda: 1,
+        cross_attention_block_identifiers=["mid"],
+    )
+    apply_pyramid_attention_broadcast(inversion.pipe.unet, config)
+    with pytest.raises(ValueError, match="reuses attention of earlier steps"), inversion.aligned():
+        pass
+
+
+def test_joint_attention():
+    class Joint:
+        transformer = nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match="joint attention"), alignit(Joint(), [Concept("<t>", "dog")]):
+        pass
+
+
+def test_another_base(lora):
+    other = load_base("sd15", random_init=True, shrink=16).pipeline()
+    for side in ("base", "custom"):
+        with pytest.raises(ValueError, match="different bases"), alignit(lora.base, [lora.concept], **{side: other}):
+            pass
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"infuse": "k"}, "infuse both, keys or values"),
+        ({"source": "noun"}, "source dummy or prompt"),
+        ({"strength": 2.0}, "strength: expected between 0 and 1"),
+        ({"layers": ["down"]}, "layers: expected some of"),
+        ({"layers": []}, "layers: expected some of"),
+        ({"timesteps": (5, 1)}, "timesteps: expected the lowest"),
+    ],
+)
+def test_wrong_settings(lora, settings, message):
+    with pytest.raises(ValueError, match=message), lora.aligned(**settings):
+        pass
+
+
+def test_wrong_concepts(inversion):
+    pipe = inversion.pipe
+    for make_concepts, message in [
+        (lambda: [], "at least one concept"),
+        (lambda: [Concept("<t>", "dog", dummy="a photo")], "one {} for the concept"),
+        (lambda: [Concept("<t> ", "dog")], "without space around"),
+        (lambda: [Concept("<t>", "dog"), Concept("<t>", "cat")], "Two concepts are called"),
+        (lambda: [Concept("<t>", "dog", dummy="<t> and {}")], "once and no other concept"),
+        (lambda: [Concept("qx", "dog")], "Nothing in this pipeline is customised for 'qx'"),
+    ]:
+        with pytest.raises(ValueError, match=message), alignit(pipe, make_concepts()):
+            pass
+
+
+def test_wrong_prompts(inversion):
+    pipe = inversion.pipe
+    with inversion.aligned():
+        with pytest.raises(ValueError, match="Prompt too long"):
+            draw(pipe, "very " * 9 + "red <t>")
+        with pytest.raises(RuntimeError, match="replaced already"), inversion.aligned():
+            pass
+    pipe.load_textual_inversion({"<u>": torch.randn(16)})
+    overlapping = [Concept("my <t>", "dog", dummy="{}"), Concept("<t> <u>", "cat", dummy="{}")]
+    with alignit(pipe, overlapping), pytest.raises(ValueError, match="overlap in"):
+        draw(pipe, "my <t> <u>")

@@ -1,0 +1,261 @@
+"""training/customize.py and alignkit/customized.py on a model of a few thousand parameters, up to stock pipelines."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from alignkit.artifacts import LORA_WEIGHTS, read_events
+from alignkit.base import load_base
+from alignkit.config import LoraConfig
+from alignkit.customized import (
+    CUSTOM_DIFFUSION_WEIGHTS,
+    EMBEDDINGS,
+    cross_attention,
+    fingerprint,
+    load_custom_diffusion,
+    read_concept,
+    save_custom_diffusion,
+)
+from tests.tiny import save_tiny_model
+from training import customize
+from training.customize import Config, train
+
+ROOT = Path(__file__).parent.parent
+METHODS = ("lora", "custom_diffusion", "dreambooth")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, color in enumerate(["red", "blue", "green"]):
+        picture = Image.new("RGB", (16, 16), color)
+        picture.paste("white", (0, 0, 4 + i, 8))  # so that a mirrored one is another
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def config(tiny_model, images, tmp_path):
+    def make(name: str = "run", **fields) -> Config:
+        defaults = {
+            "pretrained_model_name_or_path": tiny_model,
+            "random_init": True,
+            "instance_data_dir": str(images),
+            "class_noun": "dog",
+            "templates": ["a {}", "one {}"],
+            "validation_prompts": ["a {}"],
+            "num_class_images": 3,
+            "num_inference_steps": 2,
+            "num_validation_images": 2,
+            "lora": LoraConfig(rank=2),
+            "max_train_steps": 3,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "validation_steps": 0,
+            "checkpointing_steps": 100,
+            "report_to": "none",
+        }
+        return Config(output_dir=str(tmp_path / name), **{**defaults, **fields})
+
+    return make
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = [LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS, EMBEDDINGS, "unet/diffusion_pytorch_model.safetensors"]
+    return {f"{f}/{k}": v for f in files if (folder / f).exists() for k, v in load_file(folder / f).items()}
+
+
+def assert_same(one: dict, two: dict, tolerance: float = 0.0) -> None:
+    assert one.keys() == two.keys() and one
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=0, atol=tolerance)
+
+
+def scalars(folder: Path) -> list[dict]:
+    return [event for event in read_events(folder / "events.jsonl") if event["type"] == "scalars"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns(config, method):
+    """The mean of the last losses is below that of the first, on one image without a prior."""
+    folder = train(
+        config(method=method, with_prior_preservation=False, max_train_steps=30, train_batch_size=8, learning_rate=3e-2)
+    )
+    losses = [event["loss"] for event in scalars(folder)]
+    assert sum(losses[-8:]) < sum(losses[:8]), losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_equals_an_uninterrupted_one(config, method):
+    whole = train(config("whole", method=method, max_train_steps=4))
+    short = train(config("part", method=method, max_train_steps=2, checkpointing_steps=2))
+    for file in short.glob("*.safetensors"):
+        file.unlink()
+    part = train(config("part", method=method, max_train_steps=4))
+    assert_same(weights_of(whole), weights_of(part))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_does_not_matter(config, method):
+    one = train(config("one", method=method, train_batch_size=4))
+    two = train(config("two", method=method, train_batch_size=1, gradient_accumulation_steps=4))
+    assert_same(weights_of(one), weights_of(two), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_is_trained_changes(config, method, monkeypatch):
+    bases = []
+    monkeypatch.setattr(customize, "load_base", lambda *a, **k: bases.append(load_base(*a, **k)) or bases[-1])
+    cfg = config(method=method)
+    train(cfg)
+    base, fresh = bases[0], load_base(cfg.pretrained_model_name_or_path, random_init=True)
+    for part in ("vae", "text_encoder"):
+        assert_same(getattr(fresh, part).state_dict(), getattr(base, part).state_dict())
+    trained = dict(base.unet.named_parameters())
+    changed = {n for n, p in fresh.unet.named_parameters() if n in trained and not torch.equal(p, trained[n])}
+    expected = {
+        "lora": set(),
+        "custom_diffusion": {f"{n}.{p}.weight" for n in cross_attention(fresh.unet) for p in ("to_k", "to_v")},
+        "dreambooth": set(dict(fresh.unet.named_parameters())),
+    }[method]
+    assert changed == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stock_diffusers_draws_what_training_drew(config, method, monkeypatch):
+    """The validation pictures of the run, from the files alone, by a stock pipeline."""
+    drawn = []
+    draw = customize.draw
+    monkeypatch.setattr(customize, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    cfg = config(method=method)
+    folder = train(cfg)
+    pipe = load_base(cfg.pretrained_model_name_or_path, random_init=True).pipeline()
+    if method == "lora":
+        pipe.load_lora_weights(folder)
+    elif method == "custom_diffusion":
+        pipe.unet.load_attn_procs(folder, weight_name=CUSTOM_DIFFUSION_WEIGHTS, _pipeline=pipe)
+        pipe.load_textual_inversion(folder, weight_name=EMBEDDINGS)
+    else:
+        pipe.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    settings = {"num_inference_steps": 2, "guidance_scale": cfg.guidance_scale, "output_type": "pt"}
+    images = pipe(["a <thing> dog"] * 2, generator=generators, **settings).images
+    before, after = drawn[0], drawn[-1]
+    torch.testing.assert_close(images, after, rtol=0, atol=1e-4)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_start_token_keeps_its_gradient(tiny_model, images, config):
+    """Custom Diffusion's detach: a text whose start row alone is not zero moves neither W_k nor W_v."""
+    base = load_base(tiny_model, random_init=True)
+    cfg = config(method="custom_diffusion")
+    params = customize.trained_parameters(cfg, base, customize.Text(base, cfg))
+    text = torch.zeros(1, 5, 16)
+    text[:, 0] = 1
+    x_t = torch.randn(1, 4, 8, 8)
+    base.unet(x_t, 5, text).sample.square().sum().backward()
+    assert all(p.grad.abs().sum() == 0 for n, p in params.items() if n != customize.TOKEN)
+    text[:, 1] = 1
+    base.unet(x_t, 5, text).sample.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in params.items() if "to_v" in n)
+
+
+def test_token_row_equals_a_real_token(config, tiny_model):
+    """The hook gives what a resized table with the row in it gives, and leaves nothing behind."""
+    cfg, base = config(method="custom_diffusion"), load_base(tiny_model, random_init=True)
+    text = customize.Text(base, cfg)
+    torch.nn.init.normal_(text.row)
+    ours = text.encode(["a <thing> dog", "a dog"]).detach()
+    plain = load_base(tiny_model, random_init=True)
+    assert torch.equal(ours[1:], plain.encode_prompt(["a dog"]))
+    plain.tokenizer.add_tokens("<thing>")
+    plain.text_encoder.resize_token_embeddings(len(plain.tokenizer))
+    plain.text_encoder.get_input_embeddings().weight.data[-1] = text.row.detach()
+    assert torch.equal(ours, plain.encode_prompt(["a <thing> dog", "a dog"]))
+    assert not base.text_encoder.get_input_embeddings()._forward_hooks
+
+
+def test_bf16_base_and_everything_else_at_once(config):
+    for method in ("lora", "custom_diffusion"):
+        extras = {"use_ema": True, "mixed_precision": "bf16", "validation_steps": 2, "lora": LoraConfig(2, dropout=0.1)}
+        folder = train(config(method, method=method, max_train_steps=2, **extras))
+        assert all(tensor.isfinite().all() for tensor in weights_of(folder).values())
+        assert (folder / "samples" / "000001_validation.png").exists() and (folder / "README.md").exists()
+
+
+def test_concept_says_where_it_belongs(config, tiny_model):
+    folder = train(config(method="custom_diffusion", max_train_steps=1))
+    concept = read_concept(folder)
+    assert concept["base_fingerprint"] == fingerprint(load_base(tiny_model, random_init=True).unet)
+    assert (concept["phrase"], concept["class_noun"]) == ("<thing> dog", "dog")
+
+
+def test_dry_run_writes_nothing(config):
+    cfg = config(dry_run=True)
+    with pytest.raises(SystemExit) as exit:
+        train(cfg)
+    assert exit.value.code == 0 and not Path(cfg.output_dir).exists()
+
+
+@pytest.mark.slow
+def test_configs_run(tmp_path):
+    for path in sorted((ROOT / "configs" / "customize").glob("*.yaml")):
+        command = [sys.executable, "training/customize.py", "--config", str(path), "--dry-run", "--random_init"]
+        command += ["--shrink", "16", "--num_inference_steps", "1"] if "sd15" in path.name else []
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "dry run" in done.stdout, done.stderr
+
+
+# What is wrong is said
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"class_noun": ""}, "class_noun: expected a value"),
+        ({"templates": ["a photo"]}, "one {} for the concept"),
+        ({"templates": []}, "one {} for the concept"),
+        ({"prior_loss_weight": 0.0}, "set with_prior_preservation to false"),
+        ({"method": "dreambooth", "mixed_precision": "bf16"}, "mixed_precision: expected 'no' with method dreambooth"),
+        ({"num_class_images": 0}, "num_class_images: expected at least 1"),
+    ],
+)
+def test_wrong_config(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_wrong_data(config, images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder of images"):
+        train(config(instance_data_dir=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="Prompt too long"):
+        train(config(templates=["a very " * 20 + "{}"]))
+    with pytest.raises(ValueError, match="is a token of .* already"):
+        train(config(method="custom_diffusion", placeholder_token="a"))
+    (images / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        train(config())
+    assert not (tmp_path / "run" / "concept.json").exists()
+
+
+def test_custom_diffusion_of_another_base_is_refused(tmp_path, tiny_model):
+    base = load_base(tiny_model, random_init=True)
+    path = save_custom_diffusion(tmp_path, base.unet)
+    load_custom_diffusion(base.pipeline(), path)
+    other = load_base("sd15", random_init=True, shrink=16)
+    before = dict(other.unet.attn_processors)
+    with pytest.raises(ValueError, match="does not fit this base model"):
+        load_custom_diffusion(other.unet, tmp_path)
+    assert dict(other.unet.attn_processors) == before

@@ -1,0 +1,419 @@
+"""Customisers: a model learns one concept from 3 to 8 images. What AlignIT is measured on, and what it plugs into.
+
+- `method: lora`: DreamBooth with a LoRA. Ruiz et al., "DreamBooth", 2022, arXiv 2208.12242.
+- `method: custom_diffusion`: W_k and W_v of cross-attention and the embedding of one new token. Kumari et al.,
+  "Multi-Concept Customization of Text-to-Image Diffusion", 2022, arXiv 2212.04488.
+- `method: dreambooth`: the whole U-Net. The text encoder stays as it is, as in DreamBooth's own text.
+
+    repeat   draw images x of the concept and templates c; "a photo of <thing> dog"
+             loss = |eps - eps_theta(x_t, t, c)|^2
+             with prior preservation, + prior_loss_weight times the same on images of the class, "a photo of dog", which
+             the base itself drew before
+
+Where the authors' codes differ, this follows the papers:
+- Both losses are means over pixels, each with noise and timesteps of its own.
+- Custom Diffusion: the first row of keys and values, the start token's, keeps its gradient to itself (`detach`), as in
+  the authors' code. Their random rescaling of images with "zoomed in" captions, and training on real images of the
+  class from LAION, are left out: class images are the base's own, as in DreamBooth, or yours (`class_data_dir`).
+- The new token is a row beside the embedding table, so no row of the base ever moves.
+
+    accelerate launch training/customize.py --config configs/customize/emoji_lora.yaml
+    torchrun --nproc_per_node 2 training/customize.py --config configs/customize/emoji_custom_diffusion.yaml
+    python training/customize.py --config configs/customize/sd15_lora.yaml --dry-run --random_init --shrink 4
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import make_image_grid, numpy_to_pil
+from PIL.Image import Resampling
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alignkit.artifacts import atomic, read_events, remove, save_lora, write_card
+from alignkit.base import Base, add_lora, load_base
+from alignkit.config import LoraConfig, RunConfig, free, parse, to_dict
+from alignkit.customized import (
+    cross_attention,
+    fingerprint,
+    save_concept,
+    save_custom_diffusion,
+    save_embeddings,
+)
+from alignkit.data import load_image, read_concept_images
+from alignkit.run import Run
+
+TOKEN = "token_embedding"  # the name of the new row among the trained parameters
+
+
+@dataclass
+class Config(RunConfig):
+    method: Literal["lora", "custom_diffusion", "dreambooth"] = "lora"
+    """What is trained: a LoRA, W_k and W_v with a new token, or the whole U-Net."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter of method lora."""
+    instance_data_dir: str = ""
+    """Folder with the images of the concept, 3 to 8."""
+    placeholder_token: str = "<thing>"
+    """Stands for the concept: a new token with custom_diffusion, any rare word otherwise."""
+    class_noun: str = ""
+    """What it is, such as "dog". Prompts say "<thing> dog"; the new token starts as the mean of its embeddings."""
+    templates: list[str] = field(default_factory=lambda: ["a photo of {}"])
+    """Training prompts; {} is "<thing> dog", and "dog" for the images of the class."""
+    random_flip: bool = True
+    """Mirror images with probability 1/2."""
+    resolution: int | None = None
+    """Side of the images in pixels; null is the base's own."""
+
+    with_prior_preservation: bool = True
+    """Keep the class as it is, by images of it."""
+    prior_loss_weight: float = 1.0
+    """Weight of their loss."""
+    class_data_dir: str | None = None
+    """Folder with images of the class; null draws them with the base, into output_dir/class_images."""
+    num_class_images: int = 100
+    """How many are drawn."""
+
+    validation_prompts: list[str] = field(default_factory=lambda: ["a photo of {}"])
+    """Drawn at each validation; {} is "<thing> dog"."""
+    num_validation_images: int = 4
+    """Image i is of prompt i (starting over at the end) and seed i."""
+    num_inference_steps: int = 25
+    """DDIM steps of validation and class images."""
+    guidance_scale: float = 7.5
+    """Of validation and class images."""
+    sample_batch_size: int = free(8)
+    """Images drawn at once."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_class_images", "num_validation_images", "num_inference_steps", "sample_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("instance_data_dir", "placeholder_token", "class_noun"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}: expected a value, got none")
+        for name in ("templates", "validation_prompts"):
+            wrong = [text for text in getattr(self, name) if text.count("{}") != 1]
+            if wrong or not getattr(self, name):
+                raise ValueError(f"{name}: expected texts with one {{}} for the concept, got {wrong or 'none'}")
+        if not self.prior_loss_weight > 0:
+            raise ValueError(
+                f"prior_loss_weight: expected above 0, got {self.prior_loss_weight}; to do without the images of the "
+                "class, set with_prior_preservation to false"
+            )
+
+        if self.method == "dreambooth" and self.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision: expected 'no' with method dreambooth, which trains all of the U-Net in float32, got "
+                f"{self.mixed_precision!r}; to save memory, train a LoRA"
+            )
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.placeholder_token} {self.class_noun}"
+
+
+def train(cfg: Config) -> Path:
+    """Runs or resumes the training. Returns its folder, with the weights, concept.json and a card."""
+    run = Run(cfg, "customize")
+    base = load_base(
+        cfg.pretrained_model_name_or_path,
+        dtype=run.weight_dtype,
+        device=run.device,
+        random_init=cfg.random_init,
+        shrink=cfg.shrink,
+    )
+    if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
+        base.unet.set_attn_processor(AttnProcessor())
+    base_fingerprint = fingerprint(base.unet)
+    side = image_side(base, cfg.resolution)
+    instance_images = read_images(cfg.instance_data_dir, side)
+    text = Text(base, cfg)
+    base.check_prompts([t.format(p) for t in cfg.templates for p in (cfg.phrase, cfg.class_noun)])
+    base.check_prompts([prompt.format(cfg.phrase) for prompt in cfg.validation_prompts])
+
+    instances = Examples(encode(base, instance_images), [t.format(cfg.phrase) for t in cfg.templates])
+    classes = None
+    if cfg.with_prior_preservation:
+        class_latents = encode(base, class_images(run, cfg, base, side))
+        classes = Examples(class_latents, [t.format(cfg.class_noun) for t in cfg.templates])
+    before = draw(cfg, base, text, cfg.class_noun)
+
+    params = trained_parameters(cfg, base, text)
+    run.prepare(params)
+    if run.position == 0:
+        run.show(0, "instance_images", instance_images)
+        run.show(0, "base", before, validation_prompts(cfg, cfg.class_noun))
+
+    for step in run.steps():
+        base.unet.train()  # for the LoRA's dropout
+        parts = []
+        for indices in run.micro_batches(step):
+            instance_loss = denoising_loss(run, cfg, base, text, instances, step, indices, "instance")
+            losses = {"instance_loss": instance_loss}
+            loss = instance_loss
+            if classes:
+                losses["prior_loss"] = denoising_loss(run, cfg, base, text, classes, step, indices, "class")
+                loss = loss + cfg.prior_loss_weight * losses["prior_loss"]
+            run.backward(loss, **losses)
+            parts.append({"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}})
+        grad_norm = run.update()
+        run.log(step, grad_norm=grad_norm, **{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+        if run.every(cfg.validation_steps, step):
+            with run.averaged():
+                run.show(step, "validation", draw(cfg, base, text, cfg.phrase), validation_prompts(cfg, cfg.phrase))
+
+    with run.averaged():
+        if run.is_main:
+            export(run, cfg, base, text, base_fingerprint, before, draw(cfg, base, text, cfg.phrase))
+    run.finish()
+    return run.output_dir
+
+
+# What is trained
+
+
+def trained_parameters(cfg: Config, base: Base, text: "Text") -> dict[str, nn.Parameter]:
+    """The float32 parameters of the method, by name; all others stay frozen."""
+    if cfg.method == "lora":
+        alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
+        return add_lora(base.unet, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
+    if cfg.method == "dreambooth":
+        return dict(base.unet.requires_grad_(True).named_parameters())
+    params = {TOKEN: text.row}
+    for name, attention in cross_attention(base.unet).items():
+        for part in ("to_k", "to_v"):
+            projection = getattr(attention, part)
+            projection.float().requires_grad_(True)
+            projection.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+            projection.register_forward_hook(finish_projection(base.unet.dtype))
+            params[f"{name}.{part}.weight"] = projection.weight
+    return params
+
+
+def finish_projection(dtype: torch.dtype):
+    """Back to the U-Net's dtype, with the start token's row [:, :1] cut from the gradient."""
+
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1).to(dtype)
+
+    return hook
+
+
+class Text:
+    """Prompts to embeddings. With custom_diffusion the placeholder is a new token, whose `row` [1, D] is trained."""
+
+    def __init__(self, base: Base, cfg: Config):
+        self.base, self.row, self.new_id = base, None, -1
+        if cfg.method != "custom_diffusion":
+            return
+        table = base.text_encoder.get_input_embeddings().weight
+        noun = base.tokenizer(cfg.class_noun, add_special_tokens=False).input_ids
+        if len(base.tokenizer(cfg.placeholder_token, add_special_tokens=False).input_ids) < 2:
+            raise ValueError(
+                f"placeholder_token: {cfg.placeholder_token!r} is a token of {base.name} already; choose another, such "
+                "as <thing>"
+            )
+        base.tokenizer.add_tokens(cfg.placeholder_token)
+        self.new_id = base.tokenizer.convert_tokens_to_ids(cfg.placeholder_token)
+        self.row = nn.Parameter(table[noun].float().mean(0, keepdim=True))
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Prompt embeddings [B, S, D], with the row's gradient."""
+        if self.row is None:
+            return self.base.encode_prompt(prompts)
+        self.base.check_prompts(prompts)
+        tokenizer, text_encoder = self.base.tokenizer, self.base.text_encoder
+        ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        ids = ids.input_ids.to(text_encoder.device)
+        is_new = ids == self.new_id
+
+        def place(module: nn.Module, args: tuple, embeds: Tensor) -> Tensor:
+            return torch.where(is_new[..., None], self.row.to(embeds.dtype), embeds)
+
+        # a hook, since CLIPTextModel takes no inputs_embeds; and no larger table, which would draw random rows
+        handle = text_encoder.get_input_embeddings().register_forward_hook(place)
+        try:
+            return text_encoder(ids.masked_fill(is_new, 0))[0]
+        finally:
+            handle.remove()
+
+
+# The loss
+
+
+@dataclass
+class Examples:
+    """Latents of the images and of their mirror images, [2, N, C, h, w], and the prompts that go with any of them."""
+
+    latents: Tensor
+    prompts: list[str]
+
+
+def encode(base: Base, images: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [2, N, C, h, w], on the device: mirrored latents are not the latents of mirrored images."""
+    with torch.no_grad():
+        views = [images, images.flip(-1)]
+        device = base.vae.device
+        return torch.stack([torch.cat([base.encode(i.to(device)).float() for i in v.split(1)]) for v in views])
+
+
+def denoising_loss(
+    run: Run, cfg: Config, base: Base, text: Text, examples: Examples, step: int, indices: list[int], tag: str
+) -> Tensor:
+    """|target - output|^2 of one example per index, at a timestep of its own, [b]."""
+    x_0, noise, timestep, prompts = [], [], [], []
+    for index in indices:
+        generator = run.generator(step, index, tag)
+        view = int(torch.randint(2, (), generator=generator)) if cfg.random_flip else 0
+        x_0.append(examples.latents[view, torch.randint(examples.latents.shape[1], (), generator=generator)])
+        noise.append(torch.randn(x_0[-1].shape, generator=generator))
+        timestep.append(torch.randint(base.schedule.num_train_timesteps, (), generator=generator))
+        prompts.append(examples.prompts[int(torch.randint(len(examples.prompts), (), generator=generator))])
+    x_0, noise, timestep = torch.stack(x_0), torch.stack(noise).to(run.device), torch.stack(timestep).to(run.device)
+    x_t = base.schedule.add_noise(x_0, noise, timestep).to(base.unet.dtype)
+    prompt_embeds = text.encode(prompts).to(base.unet.dtype)
+    output = base.unet(x_t, timestep, encoder_hidden_states=prompt_embeds).sample
+    target = base.schedule.target(x_0, noise, timestep)
+    return F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+
+
+# Pictures
+
+
+def image_side(base: Base, resolution: int | None) -> int:
+    """In pixels; images are square."""
+    return min(base.latent_shape(resolution, resolution)[1:]) * 2 ** (len(base.vae.config.block_out_channels) - 1)
+
+
+def read_images(folder: str | Path, side: int) -> Tensor:
+    """[N, 3, side, side] in [0, 1]. What is odd but harmless is warned of."""
+    images, odd = read_concept_images(folder, side)
+    for line in odd:
+        warnings.warn(line, stacklevel=2)
+    return torch.stack([load_image(image.path, side) for image in images])
+
+
+def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
+    """The user's, or the base's own, drawn once; [N, 3, H, W]."""
+    if cfg.class_data_dir:
+        return read_images(cfg.class_data_dir, side)
+    number = min(2, cfg.num_class_images) if cfg.dry_run else cfg.num_class_images
+    folder = run.output_dir / "class_images"
+    if cfg.dry_run or (run.is_main and not folder.is_dir()):
+        prompts = [cfg.templates[i % len(cfg.templates)].format(cfg.class_noun) for i in range(number)]
+        images = sample(cfg, base, base.encode_prompt(prompts), base.encode_prompt([""]))
+        if cfg.dry_run:
+            return images
+        with atomic(folder) as temporary:
+            temporary.mkdir(parents=True)
+            for i, picture in enumerate(numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())):
+                picture.save(temporary / f"{i:04d}.png")
+    run.accelerator.wait_for_everyone()
+    return read_images(folder, side)
+
+
+def validation_prompts(cfg: Config, phrase: str) -> list[str]:
+    return [
+        cfg.validation_prompts[i % len(cfg.validation_prompts)].format(phrase) for i in range(cfg.num_validation_images)
+    ]
+
+
+@torch.no_grad()
+def draw(cfg: Config, base: Base, text: Text, phrase: str) -> Tensor:
+    """The validation's images [N, 3, H, W] in [0, 1], of the concept or of its class."""
+    return sample(cfg, base, text.encode(validation_prompts(cfg, phrase)), text.encode([""]))
+
+
+@torch.no_grad()
+def sample(cfg: Config, base: Base, prompt_embeds: Tensor, negative_prompt_embeds: Tensor) -> Tensor:
+    """An image per row of prompt_embeds from the stock pipeline, image i with seed i."""
+    base.unet.eval()
+    pipe = base.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    side = image_side(base, cfg.resolution)
+    images = []
+    for start in range(0, len(prompt_embeds), cfg.sample_batch_size):
+        rows = prompt_embeds[start : start + cfg.sample_batch_size]
+        images.append(
+            pipe(
+                prompt_embeds=rows,
+                negative_prompt_embeds=negative_prompt_embeds.expand_as(rows),
+                height=side,
+                width=side,
+                num_inference_steps=cfg.num_inference_steps,
+                guidance_scale=cfg.guidance_scale,
+                generator=[torch.Generator().manual_seed(start + i) for i in range(len(rows))],
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(images).float().clamp(0, 1)
+
+
+def export(run: Run, cfg: Config, base: Base, text: Text, base_fingerprint: str, before: Tensor, after: Tensor) -> None:
+    """The weights in diffusers' formats, concept.json, a picture, the curves, and a card."""
+    folder = run.output_dir
+    if cfg.method == "lora":
+        weights, usage = save_lora(folder, base.unet), "pipe.load_lora_weights(folder)"
+    elif cfg.method == "dreambooth":
+        weights = folder / "unet"
+        remove(weights)  # of the same run, finished before
+        with atomic(weights) as temporary:
+            base.unet.save_pretrained(temporary)
+        usage = 'pipe.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")'
+    else:
+        weights = save_custom_diffusion(folder, base.unet)
+        embeddings = save_embeddings(folder, {cfg.placeholder_token: text.row})
+        usage = (
+            f'pipe.unet.load_attn_procs(folder, weight_name="{weights.name}", _pipeline=pipe)\n'
+            f'pipe.load_textual_inversion(folder, weight_name="{embeddings.name}")'
+        )
+    save_concept(
+        folder,
+        method=cfg.method,
+        phrase=cfg.phrase,
+        class_noun=cfg.class_noun,
+        base_model=cfg.pretrained_model_name_or_path,
+        base_fingerprint=base_fingerprint,
+    )
+    pictures = numpy_to_pil(torch.cat([before, after]).permute(0, 2, 3, 1).cpu().numpy())
+    zoom = max(1, 128 // pictures[0].width)
+    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
+    with atomic(folder / "before_after.png") as temporary:
+        make_image_grid(pictures, rows=2, cols=len(before)).save(temporary, "PNG")
+    columns = "\n".join(f"{i + 1}. {p} (seed {i})" for i, p in enumerate(validation_prompts(cfg, cfg.phrase)))
+    write_card(
+        folder,
+        title=f"{cfg.phrase}, {cfg.method} of {cfg.pretrained_model_name_or_path}",
+        description=(
+            f"Trained by `training/customize.py` with method {cfg.method}. Say `{cfg.phrase}` in a prompt.\n\n"
+            f"```python\n{usage}\n```\n\n"
+            f"Above, the base draws `{cfg.class_noun}` there; below, the concept; the columns:\n\n{columns}"
+        ),
+        base_model=cfg.pretrained_model_name_or_path,
+        config=to_dict(cfg),
+        events=read_events(folder / "events.jsonl"),
+        pictures=[folder / "before_after.png"],
+        tags=[cfg.method],
+    )
+    print(
+        f"finished\npicture: {folder / 'before_after.png'}\ncurves:  {folder / 'curves.png'}\nweights: {weights}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(Config, argv)
+    try:
+        train(cfg)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
