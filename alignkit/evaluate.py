@@ -147,6 +147,7 @@ def controllability(
 
     from alignkit.base import load_base
     from alignkit.conditions import build_condition
+    from alignkit.conditions import score as score_condition
     from alignkit.controlnet import draw_controlled, load_controlnet
     from alignkit.controls import open_controls
     from alignkit.emoji import measure, resolve
@@ -193,23 +194,13 @@ def controllability(
                 batch_size=batch_size,
                 **settings,
             )
-        scores = control_scores(judge, images, targets) | image_scores(encoder, images, prompts, features)
+        scores = score_condition(judge, images, targets) | image_scores(encoder, images, prompts, features)
         rows.append({"model": name, **shared, **{key: round(value, 5) for key, value in scores.items()}})
         print(json.dumps(rows[-1], indent=1))
     if results:
         with open(results, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
-
-
-def control_scores(judge, images, targets) -> dict[str, float]:
-    """The condition's metrics over the whole set: images [N, 3, H, W], targets [N, H, W]."""
-    metrics = judge.metrics()
-    for some, wanted in zip(images.split(32), targets.split(32), strict=True):
-        extracted = judge.extract(some)
-        for metric in metrics.values():
-            metric.update(extracted, wanted)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def image_scores(encoder, images, prompts: list[str], real_features) -> dict[str, float]:

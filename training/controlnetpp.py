@@ -45,7 +45,7 @@ from torch import Tensor
 
 from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.base import Base, load_base
-from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition
+from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition, score
 from alignkit.config import RunConfig, free, parse, to_dict
 from alignkit.controlnet import (
     WEIGHTS,
@@ -270,10 +270,9 @@ def controlnet_losses(
         predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
         images = decode(predicted_x_0)
         outside = ((images.detach() <= 0) | (images.detach() >= 1)).flatten(1).float().mean(1)
-        if images.isfinite().all():
+        compared = images.flatten(1).sum(1)  # what is not finite no condition takes; as a loss, it stops the run
+        if compared.isfinite().all():
             compared = consistency_loss(images, rows)
-        else:  # no condition takes them; as a loss, they stop the run with the samples' numbers
-            compared = images.flatten(1).sum(1)
         reward = reward.index_copy(0, rows, compared.to(reward.dtype))
         clamped = clamped.index_copy(0, rows, outside)
     return Losses(diffusion, reward, clamped)
@@ -428,15 +427,13 @@ class Validation:
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.train_batch_size,
         )
-        metrics = self.condition.metrics()
+        figures = score(self.condition, images, self.targets, cfg.train_batch_size)
+        scalars = {f"validation/{name}": value for name, value in figures.items()}
         losses, scores = [], []
         for rows in torch.arange(len(images)).split(cfg.train_batch_size):
-            for metric in metrics.values():
-                metric.to(images.device).update(self.condition.extract(images[rows]), self.targets[rows])
             losses.append(self.diffusion(rows))
             if self.monitors:
                 scores.append(self.monitors(images[rows], [self.prompts[i] for i in rows]).values)
-        scalars = {f"validation/{name}": float(metric.compute()) for name, metric in metrics.items()}
         scalars["validation/diffusion"] = torch.cat(losses)
         for name in scores[0] if scores else ():
             scalars[f"monitor/{name}"] = torch.cat([part[name] for part in scores])
