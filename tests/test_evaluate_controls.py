@@ -35,11 +35,17 @@ def test_image_scores_by_hand():
 
 def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
     base = load_base("emoji", random_init=True, shrink=8)
-    monkeypatch.setattr("alignkit.base.load_base", lambda name: base)
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, device: base)
     save_controlnet(tmp_path / "controlnet", new_controlnet(base.unet, base.vae_scale_factor))
     results = tmp_path / "results.jsonl"
     rows = evaluate.controllability(
-        [str(tmp_path / "controlnet")], "lineart", number=3, num_inference_steps=2, seed=5, results=str(results)
+        [str(tmp_path / "controlnet")],
+        "lineart",
+        number=3,
+        num_inference_steps=2,
+        seed=5,
+        device="cpu",
+        results=str(results),
     )
     assert rows == [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["model"] for row in rows] == ["real", str(tmp_path / "controlnet")]

@@ -194,6 +194,7 @@ def train(cfg: Config) -> Path:
         print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
 
     load = Loader(run, data, base, condition, size, cfg.cache)
+    encode_prompt = remembering(base) if cfg.cache else base.encode_prompt
     images = None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
@@ -206,7 +207,7 @@ def train(cfg: Config) -> Path:
             batch = load(step, indices)
             chance = [draws[i] for i in indices]
             noise = torch.stack([torch.randn(batch.x_0.shape[1:], generator=run.generator(step, i)) for i in indices])
-            predict = controlled(base, controlnet, condition, batch, chance)
+            predict = controlled(base, controlnet, condition, batch, chance, encode_prompt)
             losses = controlnet_losses(
                 predict,
                 base.schedule,
@@ -308,12 +309,30 @@ def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     return float(schedule.snr(last)), float(schedule.snr(first))
 
 
+def remembering(base: Base) -> Callable[[list[str]], Tensor]:
+    """`base.encode_prompt`, which encodes each prompt once."""
+    known: dict[str, Tensor] = {}
+
+    def encode_prompt(prompts: list[str]) -> Tensor:
+        for prompt in prompts:
+            if prompt not in known:
+                known[prompt] = base.encode_prompt([prompt]).cpu()
+        return torch.cat([known[prompt] for prompt in prompts]).to(base.unet.device)
+
+    return encode_prompt
+
+
 def controlled(
-    base: Base, controlnet: ControlNetModel, condition: Condition, batch: Batch, chance: Sequence[Draw]
+    base: Base,
+    controlnet: ControlNetModel,
+    condition: Condition,
+    batch: Batch,
+    chance: Sequence[Draw],
+    encode_prompt: Callable[[list[str]], Tensor],
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
     prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
-    prompt_embeds = base.encode_prompt(prompts)
+    prompt_embeds = encode_prompt(prompts)
     kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
     control = condition.control(batch.targets).float() * kept[:, None, None, None]
     return lambda x_t, timestep: unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds)
