@@ -120,6 +120,7 @@ def controllability(
     controlnet_conditioning_scale: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
+    device: str = "auto",
     results: str | None = None,
 ) -> list[dict]:
     """Compare ControlNets by what can be read off their images again, on the same controls, prompts and noise.
@@ -141,28 +142,35 @@ def controllability(
         controlnet_conditioning_scale: Strength of the ControlNet's residuals.
         seed: Of the noise: image i starts from seed + i.
         batch_size: Images drawn at once.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         results: JSONL file to append one line per row to.
     """
     import torch
 
     from alignkit.base import load_base
     from alignkit.conditions import build_condition
+    from alignkit.conditions import score as score_condition
     from alignkit.controlnet import draw_controlled, load_controlnet
     from alignkit.controls import open_controls
     from alignkit.emoji import measure, resolve
     from alignkit.rewards.clip import ClipEncoder
 
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = evaluator or EVALUATORS.get(condition)
-    judge = build_condition(condition, evaluator=True, **({"model": model} if model else {}))
+    judge = build_condition(condition, evaluator=True, **({"model": model} if model else {})).to(device)
     data = open_controls(data_dir, judge)
-    encoder, loaded = ClipEncoder(resolve(clip)), load_base(base)
+    encoder, loaded = ClipEncoder(resolve(clip)).to(device), load_base(base, device=device)
     _, height, width = loaded.latent_shape()
     size = (height * loaded.vae_scale_factor, width * loaded.vae_scale_factor)
     number = number if data.size is None else min(number, data.size)
     generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
     examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
-    real, prompts = torch.stack([example.image for example in examples]), [example.prompt for example in examples]
-    targets = torch.stack([judge.extract(e.image[None])[0] if e.target is None else e.target for e in examples])
+    prompts = [example.prompt for example in examples]
+    real = torch.stack([example.image for example in examples]).to(device)
+    targets = [
+        judge.extract(image[None])[0] if e.target is None else e.target for e, image in zip(examples, real, strict=True)
+    ]
+    targets = torch.stack([target.to(device) for target in targets])
     with torch.no_grad():
         features = measure.in_batches(encoder.embed_images, real)
     settings = {
@@ -193,23 +201,13 @@ def controllability(
                 batch_size=batch_size,
                 **settings,
             )
-        scores = control_scores(judge, images, targets) | image_scores(encoder, images, prompts, features)
+        scores = score_condition(judge, images, targets) | image_scores(encoder, images, prompts, features)
         rows.append({"model": name, **shared, **{key: round(value, 5) for key, value in scores.items()}})
         print(json.dumps(rows[-1], indent=1))
     if results:
         with open(results, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
-
-
-def control_scores(judge, images, targets) -> dict[str, float]:
-    """The condition's metrics over the whole set: images [N, 3, H, W], targets [N, H, W]."""
-    metrics = judge.metrics()
-    for some, wanted in zip(images.split(32), targets.split(32), strict=True):
-        extracted = judge.extract(some)
-        for metric in metrics.values():
-            metric.update(extracted, wanted)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def image_scores(encoder, images, prompts: list[str], real_features) -> dict[str, float]:

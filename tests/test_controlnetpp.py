@@ -224,7 +224,7 @@ def test_a_dropped_condition_is_black_and_has_no_reward(config, base):
 
     chance = [next(d for d in draws if (d.drop_prompt, d.drop_condition) == k) for k in [(False, True), (True, False)]]
     batch = controlnetpp.Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 16, 16), ["a cat", "a cat"])
-    predict = controlnetpp.controlled(base, Net(), build_condition(RED), batch, chance)
+    predict = controlnetpp.controlled(base, Net(), build_condition(RED), batch, chance, base.encode_prompt)
     with pytest.raises(StopIteration):
         predict(batch.x_0, torch.tensor([1, 1]))
     assert seen["control"][0].max() == 0 and seen["control"][1].min() == 1
@@ -526,19 +526,13 @@ def test_a_timestep_beyond_the_schedule_is_refused(config):
 
 
 def test_images_that_are_not_finite_stop_the_run_with_the_samples_number(config, monkeypatch):
-    monkeypatch.setattr(
-        "alignkit.base.Base.decode", lambda self, latents: torch.full((len(latents), 3, 16, 16), math.nan)
-    )
-    with pytest.raises(FloatingPointError, match=r"not finite at step 0, samples \[0\] of \[0, 1\]"):
-        controlnet_steps_of_one_rewarded_sample(config, monkeypatch)
-
-
-def controlnet_steps_of_one_rewarded_sample(config, monkeypatch):
-    """With `draw` rewarding sample 0 alone, and a validation that draws nothing."""
-    real = controlnetpp.draw
-    monkeypatch.setattr(controlnetpp, "draw", lambda *args: real(*args)._replace(rewarded=args[-1] == 0))
+    draw = controlnetpp.draw
+    broken = torch.full((3, 16, 16), math.nan)
+    monkeypatch.setattr(controlnetpp, "draw", lambda *args: draw(*args)._replace(rewarded=args[-1] == 0))
     monkeypatch.setattr(controlnetpp.Validation, "measure", lambda self: (torch.zeros(3, 3, 16, 16), {}))
-    train(config())
+    monkeypatch.setattr("alignkit.base.Base.decode", lambda self, latents: broken.repeat(len(latents), 1, 1, 1))
+    with pytest.raises(FloatingPointError, match=r"not finite at step 0, samples \[0\] of \[0, 1\]"):
+        train(config())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.base import Base, load_base
-from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition
+from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition, score
 from alignkit.config import RunConfig, free, parse, to_dict
 from alignkit.controlnet import (
     WEIGHTS,
@@ -194,6 +194,7 @@ def train(cfg: Config) -> Path:
         print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
 
     load = Loader(run, data, base, condition, size, cfg.cache)
+    encode_prompt = remembering(base) if cfg.cache else base.encode_prompt
     images = None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
@@ -206,7 +207,7 @@ def train(cfg: Config) -> Path:
             batch = load(step, indices)
             chance = [draws[i] for i in indices]
             noise = torch.stack([torch.randn(batch.x_0.shape[1:], generator=run.generator(step, i)) for i in indices])
-            predict = controlled(base, controlnet, condition, batch, chance)
+            predict = controlled(base, controlnet, condition, batch, chance, encode_prompt)
             losses = controlnet_losses(
                 predict,
                 base.schedule,
@@ -270,10 +271,9 @@ def controlnet_losses(
         predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
         images = decode(predicted_x_0)
         outside = ((images.detach() <= 0) | (images.detach() >= 1)).flatten(1).float().mean(1)
-        if images.isfinite().all():
+        compared = images.flatten(1).sum(1)  # what is not finite no condition takes; as a loss, it stops the run
+        if compared.isfinite().all():
             compared = consistency_loss(images, rows)
-        else:  # no condition takes them; as a loss, they stop the run with the samples' numbers
-            compared = images.flatten(1).sum(1)
         reward = reward.index_copy(0, rows, compared.to(reward.dtype))
         clamped = clamped.index_copy(0, rows, outside)
     return Losses(diffusion, reward, clamped)
@@ -309,12 +309,30 @@ def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     return float(schedule.snr(last)), float(schedule.snr(first))
 
 
+def remembering(base: Base) -> Callable[[list[str]], Tensor]:
+    """`base.encode_prompt`, which encodes each prompt once."""
+    known: dict[str, Tensor] = {}
+
+    def encode_prompt(prompts: list[str]) -> Tensor:
+        for prompt in prompts:
+            if prompt not in known:
+                known[prompt] = base.encode_prompt([prompt]).cpu()
+        return torch.cat([known[prompt] for prompt in prompts]).to(base.unet.device)
+
+    return encode_prompt
+
+
 def controlled(
-    base: Base, controlnet: ControlNetModel, condition: Condition, batch: Batch, chance: Sequence[Draw]
+    base: Base,
+    controlnet: ControlNetModel,
+    condition: Condition,
+    batch: Batch,
+    chance: Sequence[Draw],
+    encode_prompt: Callable[[list[str]], Tensor],
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
     prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
-    prompt_embeds = base.encode_prompt(prompts)
+    prompt_embeds = encode_prompt(prompts)
     kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
     control = condition.control(batch.targets).float() * kept[:, None, None, None]
     return lambda x_t, timestep: unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds)
@@ -428,15 +446,13 @@ class Validation:
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.train_batch_size,
         )
-        metrics = self.condition.metrics()
+        figures = score(self.condition, images, self.targets, cfg.train_batch_size)
+        scalars = {f"validation/{name}": value for name, value in figures.items()}
         losses, scores = [], []
         for rows in torch.arange(len(images)).split(cfg.train_batch_size):
-            for metric in metrics.values():
-                metric.to(images.device).update(self.condition.extract(images[rows]), self.targets[rows])
             losses.append(self.diffusion(rows))
             if self.monitors:
                 scores.append(self.monitors(images[rows], [self.prompts[i] for i in rows]).values)
-        scalars = {f"validation/{name}": float(metric.compute()) for name, metric in metrics.items()}
         scalars["validation/diffusion"] = torch.cat(losses)
         for name in scores[0] if scores else ():
             scalars[f"monitor/{name}"] = torch.cat([part[name] for part in scores])

@@ -17,7 +17,7 @@ from alignkit.rewards.reward import frozen
 
 __all__ = [
     "CONDITIONS", "Condition", "ConditionConfig", "PerImage",
-    "build_condition", "frozen", "gray", "model_input", "probe_condition",
+    "build_condition", "frozen", "gray", "model_input", "probe_condition", "score",
 ]  # fmt: skip
 
 # Paths, not classes: a condition's libraries load only when it is asked for.
@@ -50,6 +50,16 @@ def build_condition(name: str, *, evaluator: bool = False, **args: Any) -> Condi
     if not evaluator:
         refuse_evaluators(name, args)
     return frozen(build_named(name, CONDITIONS, Condition, args))
+
+
+def score(condition: Condition, images: Tensor, targets: Tensor, batch_size: int = 32) -> dict[str, float]:
+    """The condition's metrics over a whole set: images [N,3,H,W] in [0,1], targets [N,H,W]."""
+    metrics = {name: metric.to(images.device) for name, metric in condition.metrics().items()}
+    for some, wanted in zip(images.split(batch_size), targets.split(batch_size), strict=True):
+        extracted = condition.extract(some)
+        for metric in metrics.values():
+            metric.update(extracted, wanted)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def probe_condition(condition: Condition, height: int, width: int, device: torch.device | str = "cpu") -> None:

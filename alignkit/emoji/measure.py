@@ -122,6 +122,7 @@ def measure_judges(evaluator: Evaluator, number: int = 512) -> dict[str, float]:
     class_map = torch.from_numpy(np.stack([r.class_map for r in rendered]))
     if (WEIGHTS_DIR / "training" / "segmenter").is_dir():
         figures["training: segmentation mIoU"] = segmentation_miou(images, class_map)
+    figures |= measure_control_judges(images, class_map, torch.from_numpy(np.stack([r.depth for r in rendered])))
     true = torch.tensor([len(np.unique(r.instance_map[r.instance_map > 0])) for r in rendered])
     for role in ("training", "monitor"):
         figures[f"{role}: exact count"] = share(count_density(role, images).round() == true)
@@ -131,6 +132,22 @@ def measure_judges(evaluator: Evaluator, number: int = 512) -> dict[str, float]:
         [b == s.background for b, s in zip(evaluator.background(images), drawn, strict=True)]
     )
     figures["identity among 64"] = identity_among(evaluator, 64)
+    return figures
+
+
+def measure_control_judges(images: Tensor, class_map: Tensor, depth: Tensor) -> dict[str, float]:
+    """The segmenter of the evaluator and both estimators of depth, as `alignkit evaluate controllability` uses them."""
+    from alignkit.conditions import build_condition, score
+
+    figures = {}
+    for role, name, folder, targets in (
+        ("evaluator", "segmentation", "segmenter", class_map),
+        ("training", "depth", "depth", depth),
+        ("evaluator", "depth", "depth", depth),
+    ):
+        if (WEIGHTS_DIR / role / folder).is_dir():
+            judge = build_condition(name, evaluator=True, model=f"emoji/{role}/{folder}")
+            figures |= {f"{role}: {name} {metric}": value for metric, value in score(judge, images, targets).items()}
     return figures
 
 
