@@ -511,6 +511,9 @@ def test_broken_files(base, concept, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"widths": [8]}))
     with pytest.raises(ValueError, match="do not fit"):
         load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"unknown": 1}))
+    with pytest.raises(ValueError, match="do not fit"):
+        load(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="not a concept"):
         load(folder)

@@ -209,26 +209,26 @@ def _load(path: Path, super_category_token: str, placeholder_token: str | None) 
     if not path.is_dir():
         return _load_embeds(path, super_category_token, placeholder_token)
     config = load_json(path / "config.json")
-    if config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not a concept: expected a config.json with format {FORMAT!r}.")
+    try:
+        module = _load_module(path, config)
+        return Concept(module=module.eval().requires_grad_(False), **config)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: the weights and config.json do not fit: {' '.join(str(error).split())}") from error
+
+
+def _load_module(path: Path, config: dict[str, Any]) -> Mapper | Embeddings:
     if config["kind"] == "neti":
         settings = dict(config["settings"])
         norms = config["norms"] if settings.pop("rescale") else None
         module = Mapper(len(config["layers"]), config["widths"], norms, **settings)
-        state = load_tensors(path / MAPPER_FILE)
-    else:
-        tensors = load_tensors(path / EMBEDS_FILE)
-        if config["kind"] == "p_plus":
-            vectors = torch.stack([tensors[f"{config['placeholder_token']}/{name}"] for name in config["layers"]])
-        else:
-            vectors = torch.cat(list(tensors.values()), -1)[None]
-        module, state = Embeddings(vectors), {"vectors": vectors}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit config.json: {' '.join(str(error).split())}") from error
-    del config["format"]
-    return Concept(module=module.eval().requires_grad_(False), **config)
+        module.load_state_dict(load_tensors(path / MAPPER_FILE))
+        return module
+    tensors = load_tensors(path / EMBEDS_FILE)
+    if config["kind"] == "p_plus":
+        return Embeddings(torch.stack([tensors[f"{config['placeholder_token']}/{name}"] for name in config["layers"]]))
+    return Embeddings(torch.cat(list(tensors.values()), -1)[None])
 
 
 def _load_embeds(path: Path, super_category_token: str, placeholder_token: str | None) -> Concept:
