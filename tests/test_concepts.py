@@ -457,8 +457,9 @@ def test_sdxl_files(sdxl, tmp_path):
     file = concept.save(tmp_path / "x") / "learned_embeds.safetensors"
     with pytest.raises(ValueError, match="pass placeholder_token"):
         load(file)
-    (read,) = load(file, placeholder_token="<x>").concepts
-    assert torch.equal(read.module.vectors, concept.module.vectors) and read.widths == [8, 12]
+    for loaded in (load(file, placeholder_token="<x>"), load(tmp_path / "x")):
+        (read,) = loaded.concepts
+        assert torch.equal(read.module.vectors, concept.module.vectors) and read.widths == [8, 12]
 
 
 def test_different_prompts_for_the_two_encoders(sdxl):
