@@ -91,6 +91,11 @@ def context_bank(
     if missing:
         raise ValueError(f"Expected the layers of this network among {list(layers)}, but {missing[0]} is not.")
     _refuse_caches(inner)
+    if inner._compiled_call_impl is not None:
+        raise ValueError(
+            "This network was compiled in place, and its graph may not see what is attached to it. Compile it as "
+            "pipe.unet = torch.compile(pipe.unet), or its blocks by unet.compile_repeated_blocks()."
+        )
     if inner in _ATTACHED:
         raise RuntimeError("This network reads from a context bank already: leave that first, or join the two sources.")
     projections = _projections(inner)
@@ -129,15 +134,17 @@ def context_bank(
         return hook
 
     with ExitStack() as stack:
+
+        def attach(module: nn.Module, hook: Callable, **settings: bool) -> None:
+            stack.callback(module.register_forward_pre_hook(hook, **settings).remove)
+
         _ATTACHED.add(inner)
         stack.callback(_ATTACHED.discard, inner)
-        handles = [denoiser.register_forward_pre_hook(fill, with_kwargs=True)]
+        attach(denoiser, fill, with_kwargs=True)
         for name in own:
-            hook = take_layer(layers.index(name))
-            handles.append(inner.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-        handles += [module.register_forward_pre_hook(hook) for module, hook in projections]
-        for handle in handles:
-            stack.callback(handle.remove)
+            attach(inner.get_submodule(name), take_layer(layers.index(name)), with_kwargs=True)
+        for module, hook in projections:
+            attach(module, hook)
         yield
 
 

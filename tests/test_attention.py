@@ -12,7 +12,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    CustomDiffusionAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+)
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 from alignkit.attention import context_bank, text_layers
 from alignkit.base import add_lora, load_base
@@ -345,6 +350,12 @@ def test_processors_do_not_matter_but_fused_projections_do(unet):
         pass
 
 
+def test_a_network_that_was_compiled_in_place_is_refused(unet):
+    unet.compile(backend="eager")  # nothing is compiled before the first call
+    with pytest.raises(ValueError, match="compiled in place"), context_bank(unet, plain):
+        pass
+
+
 def test_a_cache_across_steps_is_refused(unet):
     settings = PyramidAttentionBroadcastConfig(
         cross_attention_block_skip_range=2, cross_attention_block_identifiers=("blocks",), current_timestep_callback=int
@@ -366,6 +377,29 @@ def test_custom_diffusions_own_projections(unet):
     expected = unet(*inputs()).sample
     with context_bank(unet, plain):
         assert torch.equal(unet(*inputs()).sample, expected)
+
+
+def test_an_ip_adapters_image_stays_beside_the_text(unet):
+    layers = text_layers(unet)
+    processors = {
+        name: IPAdapterAttnProcessor2_0(unet.get_submodule(name.removesuffix(".processor")).to_q.in_features, 12, (2,))
+        if name.endswith("attn2.processor")
+        else processor
+        for name, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    projection = ImageProjection(image_embed_dim=6, cross_attention_dim=12, num_image_text_embeds=2)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    sample, t, text = inputs()
+    image = {"image_embeds": [rand(2, 1, 6, seed=5)]}
+    expected = unet(sample, t, text, added_cond_kwargs=image).sample
+    seen, bank = record(unet), rand(2, len(layers), 5, 24, seed=3)
+    with context_bank(unet, plain):
+        assert torch.equal(unet(sample, t, text, added_cond_kwargs=image).sample, expected)
+    with context_bank(unet, lambda text, t: bank):
+        assert not torch.allclose(unet(sample, t, text, added_cond_kwargs=image).sample, expected, atol=1e-4)
+    assert torch.equal(seen[f"{layers[1]}.transformer_blocks.0.attn2.to_v"][0], bank[:, 1, :, 12:])
 
 
 def test_a_bank_of_another_width_is_refused(unet):

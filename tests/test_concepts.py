@@ -457,8 +457,9 @@ def test_sdxl_files(sdxl, tmp_path):
     file = concept.save(tmp_path / "x") / "learned_embeds.safetensors"
     with pytest.raises(ValueError, match="pass placeholder_token"):
         load(file)
-    (read,) = load(file, placeholder_token="<x>").concepts
-    assert torch.equal(read.module.vectors, concept.module.vectors) and read.widths == [8, 12]
+    for loaded in (load(file, placeholder_token="<x>"), load(tmp_path / "x")):
+        (read,) = loaded.concepts
+        assert torch.equal(read.module.vectors, concept.module.vectors) and read.widths == [8, 12]
 
 
 def test_different_prompts_for_the_two_encoders(sdxl):
@@ -509,6 +510,9 @@ def test_broken_files(base, concept, tmp_path):
             load(tmp_path / name)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"widths": [8]}))
+    with pytest.raises(ValueError, match="do not fit"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"unknown": 1}))
     with pytest.raises(ValueError, match="do not fit"):
         load(folder)
     (folder / "config.json").write_text("{}")

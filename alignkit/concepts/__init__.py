@@ -28,6 +28,7 @@ __all__ = ["Concept", "Concepts", "Embeddings", "Mapper", "Vectors", "create", "
 
 Kind = Literal["neti", "textual_inversion", "p_plus"]
 MAPPER_FILE, EMBEDS_FILE = "mapper.safetensors", "learned_embeds.safetensors"
+TWO_ENCODERS = ("clip_l", "clip_g")  # keys of SDXL's files, in the order of its text encoders
 FORMAT = "alignkit-concept"
 
 
@@ -71,7 +72,7 @@ class Concept:
         if len(self.widths) == 1:
             return {self.placeholder_token: vectors[0]}
         parts = vectors[0].split(self.widths, dim=-1)
-        return dict(zip(("clip_l", "clip_g"), parts, strict=True))
+        return dict(zip(TWO_ENCODERS, parts, strict=True))
 
     def check(self, pipe: Any) -> None:
         """Raises ValueError where this pipeline (or `Base`) is not what the concept was learnt on."""
@@ -209,32 +210,32 @@ def _load(path: Path, super_category_token: str, placeholder_token: str | None) 
     if not path.is_dir():
         return _load_embeds(path, super_category_token, placeholder_token)
     config = load_json(path / "config.json")
-    if config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not a concept: expected a config.json with format {FORMAT!r}.")
+    try:
+        module = _load_module(path, config)
+        return Concept(module=module.eval().requires_grad_(False), **config)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: the weights and config.json do not fit: {' '.join(str(error).split())}") from error
+
+
+def _load_module(path: Path, config: dict[str, Any]) -> Mapper | Embeddings:
     if config["kind"] == "neti":
         settings = dict(config["settings"])
         norms = config["norms"] if settings.pop("rescale") else None
         module = Mapper(len(config["layers"]), config["widths"], norms, **settings)
-        state = load_tensors(path / MAPPER_FILE)
-    else:
-        tensors = load_tensors(path / EMBEDS_FILE)
-        if config["kind"] == "p_plus":
-            vectors = torch.stack([tensors[f"{config['placeholder_token']}/{name}"] for name in config["layers"]])
-        else:
-            vectors = torch.cat(list(tensors.values()), -1)[None]
-        module, state = Embeddings(vectors), {"vectors": vectors}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit config.json: {' '.join(str(error).split())}") from error
-    del config["format"]
-    return Concept(module=module.eval().requires_grad_(False), **config)
+        module.load_state_dict(load_tensors(path / MAPPER_FILE))
+        return module
+    tensors = load_tensors(path / EMBEDS_FILE)
+    if config["kind"] == "p_plus":
+        return Embeddings(torch.stack([tensors[f"{config['placeholder_token']}/{name}"] for name in config["layers"]]))
+    return Embeddings(_joined(tensors)[None])
 
 
 def _load_embeds(path: Path, super_category_token: str, placeholder_token: str | None) -> Concept:
     """One vector or several for all layers: {token: [n, D]}, or {clip_l: ..., clip_g: ...} of SDXL."""
     tensors = load_tensors(path)
-    two = set(tensors) == {"clip_l", "clip_g"}
+    two = set(tensors) == set(TWO_ENCODERS)
     if not two and len(tensors) != 1:
         raise ValueError(
             f"{path}: expected one token's embedding, or clip_l and clip_g, got {sorted(tensors)[:5]}. Of P+, load the "
@@ -242,8 +243,13 @@ def _load_embeds(path: Path, super_category_token: str, placeholder_token: str |
         )
     if two and placeholder_token is None:
         raise ValueError(f"{path} does not say what its word is: pass placeholder_token.")
-    parts = [tensors[name] for name in ("clip_l", "clip_g")] if two else list(tensors.values())
-    parts = [part[None] if part.ndim == 1 else part for part in parts]
     name = placeholder_token or next(iter(tensors))
-    module = Embeddings(torch.cat(parts, -1)[None]).eval().requires_grad_(False)
-    return Concept(name, super_category_token, "textual_inversion", module, [part.shape[-1] for part in parts])
+    module = Embeddings(_joined(tensors)[None]).eval().requires_grad_(False)
+    widths = [tensors[key].shape[-1] for key in (TWO_ENCODERS if two else tensors)]
+    return Concept(name, super_category_token, "textual_inversion", module, widths)
+
+
+def _joined(tensors: dict[str, Tensor]) -> Tensor:
+    """[n, W], the first text encoder's part in front: a file holds them in alphabetical order."""
+    names = TWO_ENCODERS if set(tensors) == set(TWO_ENCODERS) else list(tensors)
+    return torch.cat([tensors[name].reshape(-1, tensors[name].shape[-1]) for name in names], dim=-1)

@@ -110,7 +110,8 @@ class _Source:
                     for name, start in prompts[i][0].spans
                     for k in range(self.concepts[name].module.num_vectors)
                 ]
-                self.cache[key] = _Contexts(keys[i], values[i][:, positions].clone(), positions)
+                # clones: a view would keep the memory of the whole batch
+                self.cache[key] = _Contexts(keys[i].clone(), values[i][:, positions].clone(), positions)
         for key in needed:
             self.cache.move_to_end(key)
         while len(self.cache) > len(needed) and sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES:
