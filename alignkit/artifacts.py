@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,32 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Rewrites a pickled state dict (.pt, .pth, .bin, .ckpt) as safetensors, executing nothing that is in it.
+
+    Tensors stay as they are; a wrapping such as {"state_dict": ...} is taken off.
+
+    Raises:
+        ValueError: the file is missing, holds more than tensors, or `target` is not a new .safetensors file.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix != ".safetensors" or target.exists():
+        raise ValueError(f"expected the name of a new .safetensors file to write, got {target}")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} is damaged, or asks to run code, which is refused: {reason}") from error
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"{source} holds no state dict")
+    save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, target)  # they may share memory
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
