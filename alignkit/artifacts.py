@@ -232,7 +232,7 @@ def _write_lora(
 def load_lora(
     pipe_or_network: Any, path: str | os.PathLike, adapter_name: str = "default", weight: float = 1.0
 ) -> None:
-    """Adds a LoRA of the U-Net or transformer as the only active adapter, at `weight`; blend several with its `set_adapters`.
+    """Adds a LoRA of the U-Net or transformer as the only active adapter, at `weight`; `mix_loras` blends several.
 
     `path` is a safetensors file (diffusers' or kohya's keys), or a folder with pytorch_lora_weights.safetensors.
     Strict where diffusers only warns: ValueError when the file is a pickle, damaged, or does not fit this network
@@ -250,6 +250,83 @@ def load_lora(
         metadata=metadata or None,
     )
     network.set_adapters(adapter_name, weight)
+
+
+def mix_loras(
+    folder: str | os.PathLike,
+    pipe_or_network: Any,
+    loras: Mapping[str | os.PathLike, float],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes one LoRA whose update of every weight is the weighted sum of the others', exactly: sum_i w_i B_i A_i.
+
+    The sum of two updates of rank r has rank 2 r, so the factors are laid side by side: ranks add up. `loras` are files
+    or folders with their weights; the network, which must have no adapter, is what they were made for, and is left as
+    it was. At run time, without a file, `load_lora` for each and `network.set_adapters(names, weights)` are the same.
+
+    Raises:
+        ValueError: as `load_lora`; the network has an adapter.
+    """
+    network = _network(pipe_or_network)
+    mixed: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for path, weight in loras.items():
+        for name, (down, up) in _lora_factors(network, path).items():
+            downs, ups = mixed.setdefault(name, ([], []))
+            downs.append(down)
+            ups.append(weight * up)
+    factors = {name: (torch.cat(downs, 0), torch.cat(ups, 1)) for name, (downs, ups) in mixed.items()}
+    # Padded to one rank: of a file of several, without alphas, older diffusers gives layers a scale that is not 1.
+    rank = max((len(down) for down, _ in factors.values()), default=0)
+    weights = {}
+    for name, (down, up) in factors.items():
+        missing = rank - len(down)
+        weights[f"{name}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])], 0)
+        weights[f"{name}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], 1)
+    return _write_lora(folder, network, weights, metadata)
+
+
+def mix_lora_factors(
+    folder: str | os.PathLike,
+    pipe_or_network: Any,
+    loras: Mapping[str | os.PathLike, float],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the LoRA (sum_i w_i B_i) (sum_i w_i A_i), as AlignProp's first code mixes: to reproduce its figures.
+
+    It is not the mixture of the updates, which is `mix_loras`: it has cross terms B_i A_j, and a weight of w alone
+    scales an update by w^2. Arguments and errors as there; the LoRAs must have the same layers and ranks.
+    """
+    network = _network(pipe_or_network)
+    summed: dict[str, Tensor] = {}
+    for path, weight in loras.items():
+        factors = _lora_factors(network, path)
+        weights = {f"{name}.lora_A.weight": weight * down for name, (down, _) in factors.items()}
+        weights |= {f"{name}.lora_B.weight": weight * up for name, (_, up) in factors.items()}
+        differing = [key for key in summed | weights if _shape(summed, key) != _shape(weights, key)]
+        if summed and differing:
+            raise ValueError(f"{path}: factors mix only with equal layers and ranks, but {_some(differing)} differ")
+        summed = {key: summed[key] + tensor for key, tensor in weights.items()} if summed else weights
+    return _write_lora(folder, network, summed, metadata)
+
+
+def _shape(tensors: Mapping[str, Tensor], key: str) -> torch.Size | None:
+    return tensors[key].shape if key in tensors else None
+
+
+def _lora_factors(network: nn.Module, path: str | os.PathLike) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A [r, in, ...], B [out, r, ...]) of every layer by its name, with the scale in B."""
+    if getattr(network, "peft_config", None):
+        raise ValueError(f"this network has an adapter already: {', '.join(network.peft_config)}. Load the base anew")
+    load_lora(network, path, "mixed")
+    factors = {}
+    for name, module in network.named_modules():
+        if "mixed" in getattr(module, "lora_A", {}):
+            down, up = module.lora_A["mixed"].weight.detach(), module.lora_B["mixed"].weight.detach()
+            factors[name] = (down.float().clone(), module.scaling["mixed"] * up.float())
+    network.unload_lora()
+    return factors
 
 
 def _network(pipe_or_network: Any) -> nn.Module:

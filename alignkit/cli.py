@@ -130,10 +130,31 @@ def convert(source: str, target: str) -> None:
     print(target)
 
 
+def mix(
+    lora: Sequence[str], output_dir: str, model: str = "emoji", how: Literal["updates", "factors"] = "updates"
+) -> None:
+    """Mix LoRAs of one base into one file.
+
+    Args:
+        lora: LORA=WEIGHT, each a folder or safetensors file.
+        output_dir: Folder of the mixture.
+        model: The base model they were made for.
+        how: "updates" sums the updates of the weights, exactly; "factors" mixes as AlignProp's first code does.
+    """
+    from alignkit.artifacts import mix_lora_factors, mix_loras
+    from alignkit.base import load_base
+
+    loras = dict(map(_split_weight, lora))
+    if not loras or len(loras) < len(lora):
+        raise ValueError(f"expected LoRAs, each once, got {list(lora)}.")
+    print((mix_loras if how == "updates" else mix_lora_factors)(output_dir, load_base(model).network, loras))
+
+
 COMMANDS: dict[str, Callable | dict] = {
     "convert": convert,
     "doctor": doctor,
     "generate": generate,
+    "mix": mix,
     "evaluate": {"world": evaluate.world, "reward": evaluate.reward},
 }
 
