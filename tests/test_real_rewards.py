@@ -145,8 +145,9 @@ def test_image_reward_by_its_parts(arguments):
 # Detectors
 
 
-def test_detectors_process_as_the_official_ones_do(arguments):
-    image = photo()
+@pytest.mark.parametrize("size", [(90, 120), (120, 51), (60, 60)])
+def test_detectors_process_as_the_official_ones_do(arguments, size):
+    image = photo(*size)
     owl = build_reward("object_presence", **arguments["object_presence"])
     official = OwlViTImageProcessorPil(size={"height": 32, "width": 32})(pil(image), return_tensors="pt").pixel_values
     assert similar((fit(image, 32, "squash", owl.interpolation) - owl.mean) / owl.std, official)

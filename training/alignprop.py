@@ -45,7 +45,7 @@ from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, RunConfig, parse, to_dict
 from alignkit.data import Prompts, read_prompts
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine, probe
-from alignkit.rewards.clip import ClipEncoder
+from alignkit.rewards.clip import Encoder
 from alignkit.run import Run
 from alignkit.sampling import PLANS, GradientPlan, sample
 
@@ -257,7 +257,7 @@ class Judges(nn.Module):
         super().__init__()
         self.rewards, self.monitors = rewards, monitors
         encoders = [getattr(monitor, "encoder", None) for monitor in monitors.rewards] if monitors else []
-        self.encoder = next((encoder for encoder in encoders if isinstance(encoder, ClipEncoder)), None)
+        self.encoder = next((encoder for encoder in encoders if isinstance(encoder, Encoder)), None)
 
     @torch.no_grad()
     def measure(self, images: Tensor, batch: Prompts, scores: Combined | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from alignkit.emoji import resolve
-from alignkit.rewards.clip import OpenClipEncoder, load_encoder
+from alignkit.rewards.clip import load_encoder
 from alignkit.rewards.reward import Reward
 
 
@@ -57,6 +57,5 @@ class HPSv2(Alignment):
     """
 
     def __init__(self, weights: str, architecture: str = "ViT-H-14"):
-        Reward.__init__(self)
-        self.encoder = OpenClipEncoder(f"open_clip:{architecture}", weights, resize="longest")
-        self.resolution = self.encoder.resolution
+        super().__init__(f"open_clip:{architecture}", weights)
+        self.encoder.resize = "longest"

@@ -23,7 +23,40 @@ SIGLIP_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 OPEN_CLIP = ("open_clip:", "local-dir:", "hf-hub:")  # the latter two are open_clip's own
 
 
-class ClipEncoder(nn.Module):
+class Encoder(nn.Module):
+    """A frozen image and text encoder into one space: what `ClipEncoder` and `OpenClipEncoder` share.
+
+    They load `clip`, say how images enter it (`resolution`, `resize`, `interpolation`, `mean`, `std`) and how many
+    tokens and numbers there are (`max_length`, `embedding_dim`), and compute `image_features` [B,3,S,S] -> [B,D],
+    `text_features` and `token_counts` of prompts.
+    """
+
+    def _set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor of cosines in the logits that the model was trained with."""
+        return self.clip.logit_scale.exp()
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images [B,3,H,W] in [0,1] -> L2-normalised embeddings [B,D], with gradient."""
+        pixels = fit(images, self.resolution, self.resize, self.interpolation)
+        return F.normalize(self.image_features((pixels - self.mean) / self.std), dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> L2-normalised embeddings [B,D]; warns of prompts that are cut to the model's length."""
+        for prompt, length in zip(prompts, self.token_counts(list(prompts)), strict=True):
+            if length > self.max_length:
+                warnings.warn(
+                    f"the reward reads {self.max_length} of {length} tokens of the prompt {prompt!r}", stacklevel=2
+                )
+        return F.normalize(self.text_features(list(prompts)), dim=-1)
+
+
+class ClipEncoder(Encoder):
     """A frozen `transformers` CLIPModel or SiglipModel with its tokenizer (Radford et al. 2021, arXiv 2103.00020).
 
     How images are resized and normalised comes from the folder's `preprocessor_config.json`, or is the model's usual.
@@ -59,30 +92,6 @@ class ClipEncoder(nn.Module):
         self.interpolation = interpolation_of(processor)
         self._set_statistics(*image_statistics(path, *(SIGLIP_STATISTICS if self.is_siglip else CLIP_STATISTICS)))
 
-    def _set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The factor of cosines in the logits that the model was trained with."""
-        return self.clip.logit_scale.exp()
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Images [B,3,H,W] in [0,1] -> L2-normalised embeddings [B,D], with gradient."""
-        pixels = fit(images, self.resolution, self.resize, self.interpolation)
-        return F.normalize(self.image_features((pixels - self.mean) / self.std), dim=-1)
-
-    @torch.no_grad()
-    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> L2-normalised embeddings [B,D]; warns of prompts that are cut to the model's length."""
-        for prompt, length in zip(prompts, self.token_counts(list(prompts)), strict=True):
-            if length > self.max_length:
-                warnings.warn(
-                    f"the reward reads {self.max_length} of {length} tokens of the prompt {prompt!r}", stacklevel=2
-                )
-        return F.normalize(self.text_features(list(prompts)), dim=-1)
-
     def image_features(self, pixels: Tensor) -> Tensor:
         return self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
 
@@ -99,17 +108,16 @@ class ClipEncoder(nn.Module):
         return self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=mask).pooler_output
 
 
-class OpenClipEncoder(ClipEncoder):
-    """The same of any model of `open_clip`.
+class OpenClipEncoder(Encoder):
+    """Any model of `open_clip` with its tokenizer.
 
     Args:
         model: "open_clip:ARCHITECTURE", "local-dir:FOLDER" or "hf-hub:OWNER/NAME".
         weights: with an architecture, a `.safetensors` file of its weights.
-        resize: shortest, longest or squash, where it is not to be the model's own.
     """
 
-    def __init__(self, model: str, weights: str | None = None, resize: str | None = None):
-        nn.Module.__init__(self)
+    def __init__(self, model: str, weights: str | None = None):
+        super().__init__()
         try:
             import open_clip
         except ImportError as error:
@@ -136,7 +144,7 @@ class OpenClipEncoder(ClipEncoder):
         self.resolution = size if isinstance(size, int) else size[-1]
         if size not in (self.resolution, (self.resolution,) * 2, [self.resolution] * 2):
             raise ValueError(f"{model}: expected a model of square images, got one of {size}.")
-        self.resize = resize or preprocessing.get("resize_mode", "shortest")
+        self.resize = preprocessing.get("resize_mode", "shortest")
         self.interpolation = preprocessing.get("interpolation", "bicubic")
         mean, std = preprocessing.get("mean", CLIP_STATISTICS[0]), preprocessing.get("std", CLIP_STATISTICS[1])
         self._set_statistics(torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
@@ -155,7 +163,7 @@ class OpenClipEncoder(ClipEncoder):
         return self.clip.encode_text(self.tokenizer(prompts).to(self.mean.device))
 
 
-def load_encoder(model: str, weights: str | None = None) -> ClipEncoder:
+def load_encoder(model: str, weights: str | None = None) -> Encoder:
     """The encoder by its name: one of open_clip's where it begins with open_clip:, local-dir: or hf-hub:."""
     if model.startswith(OPEN_CLIP):
         return OpenClipEncoder(model, weights)

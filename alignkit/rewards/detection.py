@@ -94,8 +94,10 @@ class Detection(Reward):
     def fit_within(self, images: Tensor) -> Tensor:
         """Grounding DINO's size: the shortest side, unless the longest would exceed its own limit."""
         height, width = images.shape[-2:]
-        scale = min(self.shortest / min(height, width), self.longest / max(height, width))
-        size = (round(height * scale), round(width * scale))
+        shortest, longest = min(height, width), max(height, width)
+        side = min(self.shortest, self.longest * shortest / longest)
+        small, large = round(side), int(side * longest / shortest)  # rounded as the official processor does
+        size = (small, large) if height < width else (large, small)
         return F.interpolate(images, size=size, mode=self.interpolation, antialias=True)
 
 
