@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,32 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error
 
 
+def convert(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Rewrites a pickled state dict (.pt, .pth, .bin, .ckpt) as safetensors, executing nothing that is in it.
+
+    Tensors stay as they are; a wrapping such as {"state_dict": ...} is taken off.
+
+    Raises:
+        ValueError: the file is missing, holds more than tensors, or `target` is not a new .safetensors file.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix != ".safetensors" or target.exists():
+        raise ValueError(f"expected the name of a new .safetensors file to write, got {target}")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} is damaged, or asks to run code, which is refused: {reason}") from error
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"{source} holds no state dict")
+    save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, target)  # they may share memory
+
+
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The header's free-text entries of a safetensors file."""
     with safe_open(path, framework="pt") as file:
@@ -160,72 +187,189 @@ def read_events(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def save_lora(
     folder: str | os.PathLike,
-    unet: nn.Module,
+    network: nn.Module,
     *,
     adapter_name: str = "default",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes `folder/pytorch_lora_weights.safetensors`, which `StableDiffusionPipeline.load_lora_weights` reads.
+    """Writes `folder/pytorch_lora_weights.safetensors`, which the stock pipeline's `load_lora_weights` reads.
+
+    `network` is a U-Net or a transformer (SD3, FLUX) with an adapter.
 
     The adapter's current scale (alpha / rank, times any weight of `set_adapters`) is folded into the up-projections.
     A reader without alpha takes alpha = rank, a scale of 1: so the file and its bare state dict are both right, and
     no PEFT config is written that an older PEFT could refuse. `metadata` goes into the header. Returns the file.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    if adapter_name not in getattr(unet, "peft_config", {}):
-        raise ValueError(f"no adapter {adapter_name!r} to save; there are: {sorted(getattr(unet, 'peft_config', {}))}")
+    if adapter_name not in getattr(network, "peft_config", {}):
+        there = sorted(getattr(network, "peft_config", {}))
+        raise ValueError(f"no adapter {adapter_name!r} to save; there are: {there}")
     folded = {}
-    for key, tensor in get_peft_model_state_dict(unet, adapter_name=adapter_name).items():
+    for key, tensor in get_peft_model_state_dict(network, adapter_name=adapter_name).items():
         name, _, part = key.removesuffix(".weight").rpartition(".")
         if part not in ("lora_A", "lora_B"):
             raise ValueError(f"only plain LoRA can be saved, and {key!r} is something else")
-        scale = unet.get_submodule(name).scaling[adapter_name] if part == "lora_B" else 1.0
+        scale = network.get_submodule(name).scaling[adapter_name] if part == "lora_B" else 1.0
         folded[key] = tensor * scale
-    weights = {f"unet.{key}": tensor for key, tensor in convert_state_dict_to_diffusers(folded).items()}
+    return _write_lora(folder, network, folded, metadata)
+
+
+def _write_lora(
+    folder: str | os.PathLike, network: nn.Module, weights: dict[str, Tensor], metadata: Mapping[str, str] | None
+) -> Path:
+    """Of PEFT's keys, with a scale of 1."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    prefix = _network_name(network)
+    if prefix == "unet":  # whose files have diffusers' older names; those of transformers have PEFT's
+        weights = convert_state_dict_to_diffusers(weights)
     path = Path(folder) / LORA_WEIGHTS
-    save_tensors(weights, path, metadata)
+    save_tensors({f"{prefix}.{key}": tensor for key, tensor in weights.items()}, path, metadata)
     return path
 
 
-def load_lora(pipe_or_unet: Any, path: str | os.PathLike, adapter_name: str = "default", weight: float = 1.0) -> None:
-    """Adds a U-Net LoRA as the only active adapter, at `weight`; blend several with `unet.set_adapters`.
+def load_lora(
+    pipe_or_network: Any, path: str | os.PathLike, adapter_name: str = "default", weight: float = 1.0
+) -> None:
+    """Adds a LoRA of the U-Net or transformer as the only active adapter, at `weight`; `mix_loras` blends several.
 
     `path` is a safetensors file (diffusers' or kohya's keys), or a folder with pytorch_lora_weights.safetensors.
-    Strict where diffusers only warns: ValueError when the file is a pickle, damaged, or does not fit this U-Net
-    in every key and every shape. The U-Net is untouched then.
+    Strict where diffusers only warns: ValueError when the file is a pickle, damaged, or does not fit this network
+    in every key and every shape. The network is untouched then.
     """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    network = _network(pipe_or_network)
+    weights, alphas, metadata = _read_lora(network, path)
+    if adapter_name in getattr(network, "peft_config", {}):
+        raise ValueError(f"adapter {adapter_name!r} is already loaded: unload it, or choose another adapter_name")
+    network.load_lora_adapter(
+        weights,
+        prefix=_network_name(network),
+        adapter_name=adapter_name,
+        network_alphas=alphas,
+        metadata=metadata or None,
+    )
+    network.set_adapters(adapter_name, weight)
+
+
+def mix_loras(
+    folder: str | os.PathLike,
+    pipe_or_network: Any,
+    loras: Mapping[str | os.PathLike, float],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes one LoRA whose update of every weight is the weighted sum of the others', exactly: sum_i w_i B_i A_i.
+
+    The sum of two updates of rank r has rank 2 r, so the factors are laid side by side: ranks add up. `loras` are files
+    or folders with their weights; the network, which must have no adapter, is what they were made for, and is left as
+    it was. At run time, without a file, `load_lora` for each and `network.set_adapters(names, weights)` are the same.
+
+    Raises:
+        ValueError: as `load_lora`; the network has an adapter.
+    """
+    network = _network(pipe_or_network)
+    mixed: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for path, weight in loras.items():
+        for name, (down, up) in _lora_factors(network, path).items():
+            downs, ups = mixed.setdefault(name, ([], []))
+            downs.append(down)
+            ups.append(weight * up)
+    factors = {name: (torch.cat(downs, 0), torch.cat(ups, 1)) for name, (downs, ups) in mixed.items()}
+    # Padded to one rank: of a file of several, without alphas, older diffusers gives layers a scale that is not 1.
+    rank = max((len(down) for down, _ in factors.values()), default=0)
+    weights = {}
+    for name, (down, up) in factors.items():
+        missing = rank - len(down)
+        weights[f"{name}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])], 0)
+        weights[f"{name}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], 1)
+    return _write_lora(folder, network, weights, metadata)
+
+
+def mix_lora_factors(
+    folder: str | os.PathLike,
+    pipe_or_network: Any,
+    loras: Mapping[str | os.PathLike, float],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the LoRA (sum_i w_i B_i) (sum_i w_i A_i), as AlignProp's first code mixes: to reproduce its figures.
+
+    It is not the mixture of the updates, which is `mix_loras`: it has cross terms B_i A_j, and a weight of w alone
+    scales an update by w^2. Arguments and errors as there; the LoRAs must have the same layers and ranks.
+    """
+    network = _network(pipe_or_network)
+    summed: dict[str, Tensor] = {}
+    for path, weight in loras.items():
+        factors = _lora_factors(network, path)
+        weights = {f"{name}.lora_A.weight": weight * down for name, (down, _) in factors.items()}
+        weights |= {f"{name}.lora_B.weight": weight * up for name, (_, up) in factors.items()}
+        differing = [key for key in summed | weights if _shape(summed, key) != _shape(weights, key)]
+        if summed and differing:
+            raise ValueError(f"{path}: factors mix only with equal layers and ranks, but {_some(differing)} differ")
+        summed = {key: summed[key] + tensor for key, tensor in weights.items()} if summed else weights
+    return _write_lora(folder, network, summed, metadata)
+
+
+def _shape(tensors: Mapping[str, Tensor], key: str) -> torch.Size | None:
+    return tensors[key].shape if key in tensors else None
+
+
+def _lora_factors(network: nn.Module, path: str | os.PathLike) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A [r, in, ...], B [out, r, ...]) of every layer by its name, with the scale in B."""
+    if getattr(network, "peft_config", None):
+        raise ValueError(f"this network has an adapter already: {', '.join(network.peft_config)}. Load the base anew")
+    load_lora(network, path, "mixed")
+    factors = {}
+    for name, module in network.named_modules():
+        if "mixed" in getattr(module, "lora_A", {}):
+            down, up = module.lora_A["mixed"].weight.detach(), module.lora_B["mixed"].weight.detach()
+            factors[name] = (down.float().clone(), module.scaling["mixed"] * up.float())
+    network.unload_lora()
+    return factors
+
+
+def _network(pipe_or_network: Any) -> nn.Module:
+    return getattr(pipe_or_network, "unet", None) or getattr(pipe_or_network, "transformer", pipe_or_network)
+
+
+def _network_name(network: nn.Module) -> str:
+    return "transformer" if "Transformer" in type(network).__name__ else "unet"
+
+
+def _read_lora(network: nn.Module, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None, dict | None]:
+    """The tensors of a LoRA file in diffusers' keys, its alphas, PEFT's metadata; ValueError where it does not fit."""
+    from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
     path = Path(path)
     if path.is_dir():
         path = path / LORA_WEIGHTS
     load_tensors(path)  # for its checks; diffusers reads the file again, with alphas and header
-    if adapter_name in getattr(unet, "peft_config", {}):
-        raise ValueError(f"adapter {adapter_name!r} is already loaded: unload it, or choose another adapter_name")
-    weights, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
-        str(path.parent),
-        weight_name=path.name,
-        local_files_only=True,
-        return_lora_metadata=True,
-        unet_config=unet.config,
-    )
-    foreign = [key for key in weights if not key.startswith("unet.")]
+    prefix = _network_name(network)
+    where = {"weight_name": path.name, "local_files_only": True, "return_lora_metadata": True}
+    if prefix == "unet":
+        weights, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(path.parent), **where, unet_config=network.config
+        )
+    elif type(network).__name__.startswith("Flux"):
+        weights, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(str(path.parent), **where, return_alphas=True)
+    else:
+        (weights, metadata), alphas = SD3LoraLoaderMixin.lora_state_dict(str(path.parent), **where), None
+    foreign = [key for key in weights if not key.startswith(f"{prefix}.")]
     if foreign:
-        raise ValueError(f"{path}: expected U-Net LoRA keys (unet.…), got {_some(foreign)}: use pipe.load_lora_weights")
-    _check_fit(unet, convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in weights.items()}), path)
-    unet.load_lora_adapter(
-        weights, prefix="unet", adapter_name=adapter_name, network_alphas=alphas, metadata=metadata or None
-    )
-    unet.set_adapters(adapter_name, weight)
+        raise ValueError(
+            f"{path}: expected LoRA keys of a {prefix} ({prefix}.…), got {_some(foreign)}: it was made for another "
+            "family, or it holds text encoders, too, which pipe.load_lora_weights takes"
+        )
+    bare = {key.removeprefix(f"{prefix}."): tensor for key, tensor in weights.items()}
+    _check_fit(network, convert_unet_state_dict_to_peft(bare), path)
+    return weights, alphas, metadata
 
 
-def _check_fit(unet: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Every layer must exist in `unet`, as a pair A [r, in, ...] and B [out, r, ...] of its own sizes."""
-    layers = {name: module for name, module in unet.named_modules() if getattr(module, "weight", None) is not None}
+def _check_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Every layer must exist in `network`, as a pair A [r, in, ...] and B [out, r, ...] of its own sizes."""
+    layers = {name: module for name, module in network.named_modules() if getattr(module, "weight", None) is not None}
     layers = {name.removesuffix(".base_layer"): module for name, module in layers.items() if ".lora_" not in name}
     names = sorted({key.rpartition(".lora_")[0] for key in weights})
     if not names:

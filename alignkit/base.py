@@ -1,52 +1,95 @@
-"""The base model: load it, freeze it, turn text and images into what the U-Net works on and back, add a LoRA.
+"""The base model: load it, freeze it, turn text and images into what its network works on and back, add a LoRA.
 
-Families so far: those that diffusers serves with `StableDiffusionPipeline`, that is SD 1.x, SD 2.x and the bundled
-emoji world. All sizes come from the model's own configs.
+What differs between families stands in families.py. All sizes come from the model's own configs.
 """
 
 import difflib
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from alignkit import emoji
+from alignkit.artifacts import load_tensors
+from alignkit.families import FAMILIES, Condition, Family
 from alignkit.noise import NoiseSchedule
-
-# Diffusers folders without weights, for `random_init`. The Hub name is there so that a config meant for the real
-# weights can be dry-run where they are not.
-_SD15 = str(Path(__file__).parent / "architectures" / "sd15")
-ARCHITECTURES = {"sd15": _SD15, "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD15}
+from alignkit.random_init import ARCHITECTURES, random_pipeline
+from alignkit.sampling import Denoiser, guided
 
 
 @dataclass
 class Base:
     """A frozen text-to-image model, as `load_base` makes it.
 
-    `scheduler` is the DDIM form of the model's own noise schedule, whatever sampler it came with: training
-    differentiates DDIM, so pictures are drawn with it too. Images are [B, 3, H, W] in [0, 1], latents [B, C, h, w]
-    in the U-Net's scale, prompt embeddings [B, S, D].
+    `scheduler` is the DDIM form of the model's own noise schedule (Euler for a flow model), whatever sampler it came
+    with: training differentiates that, so pictures are drawn with it too. Images are [B, 3, H, W] in [0, 1], latents
+    [B, C, h, w] in the network's scale.
     """
 
     name: str
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDIMScheduler
+    family: Family
+    pipe: DiffusionPipeline  # the stock pipeline, for its modules and its way of encoding text
+    scheduler: SchedulerMixin
     schedule: NoiseSchedule
 
+    @property
+    def network(self) -> nn.Module:
+        """What denoises and is trained: the U-Net or the transformer."""
+        return getattr(self.pipe, self.family.network)
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """ValueError where the network is a transformer: for what works on U-Nets alone."""
+        if self.family.network != "unet":
+            raise ValueError(
+                f"{self.name} is of the family {self.family.label}, whose network is a transformer; this works on "
+                "U-Nets: SD 1.x, SD 2.x, SDXL and the emoji world."
+            )
+        return self.pipe.unet
+
+    def require_family(self, *names: str) -> None:
+        """Raises ValueError unless the model is of one of these families (keys of FAMILIES)."""
+        if all(self.family is not FAMILIES[name] for name in names):
+            supported = "; ".join(FAMILIES[name].label for name in names)
+            raise ValueError(f"{self.name} is of the family {self.family.label}; this works on {supported}.")
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipe.vae
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The first one, where there are several."""
+        return self.pipe.text_encoder
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The first one, where there are several."""
+        return self.pipe.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
     def check_prompts(self, prompts: list[str]) -> None:
-        """Raises ValueError for a prompt that is longer than the text encoder reads."""
+        """Raises ValueError for a prompt that is longer than the text encoder reads; of several, the one that reads on.
+
+        CLIP reads 77 tokens in SD3 and FLUX, too, which is no loss there, as their T5 reads the whole prompt.
+        """
         if isinstance(prompts, str):
             raise TypeError(f"Expected a list of prompts, got the string {prompts!r}. Pass [prompt].")
-        max_length = self.tokenizer.model_max_length
-        for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids, strict=True):
+        names = [name for name in self.family.components if name.startswith("tokenizer")]
+        tokenizer = [part for name in names if (part := getattr(self.pipe, name)) is not None][-1]
+        max_length = tokenizer.model_max_length
+        if self.family.max_sequence_length and not isinstance(tokenizer, CLIPTokenizer):
+            max_length = min(max_length, self.family.max_sequence_length)
+        for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
             if len(ids) > max_length:
                 raise ValueError(
                     f"Prompt too long: {self.name} reads {max_length} tokens, this one has {len(ids)}. "
@@ -54,17 +97,63 @@ class Base:
                 )
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Prompt embeddings [B, S, D], equal to `StableDiffusionPipeline.encode_prompt`, which cuts what is too long.
+    def condition(
+        self, prompts: list[str], height: int | None = None, width: int | None = None, negative: bool = False
+    ) -> Condition:
+        """All that the network is told besides latents and timestep, equal to the stock pipeline's; [B, ...] each.
 
-        Raises ValueError there, as `check_prompts`.
+        `negative`: these are negative prompts, of which SDXL zeroes the empty ones. Raises as `check_prompts`, where
+        the stock pipeline cuts.
         """
         self.check_prompts(prompts)
-        max_length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=max_length, return_tensors="pt")
-        tokens = tokens.to(self.text_encoder.device)
-        mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        return self.text_encoder(tokens.input_ids, attention_mask=mask)[0]
+        return self.family.condition(self.pipe, prompts, *self.image_size(height, width), negative)
+
+    def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
+        """Prompt embeddings [B, S, D], what the network's cross- or joint attention reads. Raises as `condition`."""
+        return self.condition(prompts)["encoder_hidden_states"]
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The network's output [B, C, h, w], float32 in any precision of the network, as sampling wants it."""
+        dtype = condition["encoder_hidden_states"].dtype
+        return self.family.forward(self.network, x_t.to(dtype), timestep, condition).float()
+
+    def denoiser(
+        self,
+        prompts: list[str],
+        negative_prompt: str = "",
+        guidance_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        detach_uncond: bool = False,
+    ) -> Denoiser:
+        """The guided network for B prompts, as `sampling.sample` takes it.
+
+        FLUX.1-dev has learnt what guidance does and reads its scale: one pass, without a negative prompt.
+
+        Raises:
+            ValueError: as `condition`; a negative prompt, or guidance, for a model that has no use of it.
+        """
+        condition = self.condition(prompts, height, width)
+        if self.family.classifier_free:
+            negative = self.condition([negative_prompt] * len(prompts), height, width, negative=True)
+            return guided(self.forward, condition, negative, guidance_scale, detach_uncond)
+        if negative_prompt:
+            raise ValueError(f"{self.name} reads no negative prompt, got {negative_prompt!r}: leave it empty.")
+        if detach_uncond:
+            raise ValueError(f"{self.name} has no unconditional pass to detach: set detach_uncond to false.")
+        if self.network.config.guidance_embeds:
+            condition["guidance"] = torch.full((len(prompts),), float(guidance_scale), device=self.device)
+        elif guidance_scale > 1:
+            raise ValueError(
+                f"{self.name} is distilled without guidance: set guidance_scale to 1, got {guidance_scale}."
+            )
+        return guided(self.forward, condition, None, 1.0)
+
+    def timesteps(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """[N], descending, on the network's device: the stock pipeline's for an image of this size."""
+        h, w = self.latent_shape(height, width)[1:]
+        tokens = h * w // self.family.latent_multiple**2
+        return self.schedule.timesteps(num_inference_steps, tokens).to(self.device)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents of images: the mode of the VAE's posterior, so that the same image always gives the same latents."""
@@ -91,28 +180,30 @@ class Base:
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a height x width image; the size the model was trained at unless told."""
-        size = self.unet.config.sample_size
+        size = self.pipe.default_sample_size if self.family.network == "transformer" else self.unet.config.sample_size
         default = (size, size) if isinstance(size, int) else tuple(size)
         factor = self.vae_scale_factor
         for pixels in (height, width):
-            if pixels is not None and (pixels <= 0 or pixels % factor):
-                raise ValueError(f"Image sides of {self.name} are multiples of {factor} pixels, got {pixels}.")
+            multiple = factor * self.family.latent_multiple
+            if pixels is not None and (pixels <= 0 or pixels % multiple):
+                raise ValueError(f"Image sides of {self.name} are multiples of {multiple} pixels, got {pixels}.")
         h = default[0] if height is None else height // factor
         w = default[1] if width is None else width // factor
-        return (self.unet.config.in_channels, h, w)
+        return (self.vae.config.latent_channels, h, w)
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(H, W) in pixels, the model's own size where not told."""
+        _, h, w = self.latent_shape(height, width)
+        return h * self.vae_scale_factor, w * self.vae_scale_factor
+
+    def pipeline(self) -> DiffusionPipeline:
         """The stock pipeline over these very modules, with a scheduler of its own and no safety checker."""
-        return StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        options = self.family.options
+        if "force_zeros_for_empty_prompt" in self.pipe.config:
+            options = options | {"force_zeros_for_empty_prompt": self.pipe.config.force_zeros_for_empty_prompt}
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        parts = {name: getattr(self.pipe, name) for name in self.family.components}
+        return self.family.pipeline(**parts, scheduler=scheduler, **options)
 
 
 def load_base(
@@ -120,76 +211,79 @@ def load_base(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    config: str | None = None,
     random_init: bool = False,
     shrink: int = 1,
 ) -> Base:
     """Load a base model, frozen and in eval mode.
 
-    `pretrained_model_name_or_path`: "emoji" (bundled), a diffusers folder, or a name on the Hub.
+    `pretrained_model_name_or_path`: "emoji" (bundled), a diffusers folder, a name on the Hub, or a `.safetensors` file
+    with the whole model. `config`, for a file: the diffusers folder or Hub name whose configs and tokenizers go with
+    it, and whose weights fill what the file lacks (as FLUX files lack their text encoders); by default the Hub's
+    original of what its keys say it is.
     `random_init`: random weights (always the same ones) from the config files alone, for trying out a config without
-    the weights; "sd15" and its Hub name need no download then. `shrink` divides all widths, keeping every layer's name.
-    Raises FileNotFoundError where there is no such model, ValueError for a family that is not supported.
+    the weights; the names in `ARCHITECTURES` need no download then. `shrink` divides all widths, keeping every layer's
+    name. In float16, a VAE that says of itself that it overflows there (`force_upcast`) stays float32.
+    Raises FileNotFoundError where there is no such model, ValueError for a family that is not supported, a pickle, a
+    damaged or incomplete file.
     """
     if shrink < 1 or (shrink > 1 and not random_init):
         raise ValueError(f"shrink must be at least 1, and above 1 only with random_init, got {shrink}.")
     path = emoji.resolve(pretrained_model_name_or_path)
+    single_file = Path(path).suffix == ".safetensors" or Path(path).is_file()
+    if config and not single_file:
+        raise ValueError(f"config goes with a .safetensors file; {path} is none and has its own configs.")
     if random_init:
         path = ARCHITECTURES.get(path, path)
-    _check_family(path)
+    family = _family(config or _config_of_file(path) if single_file else path)
     if random_init:
-        pipe = _random_pipeline(path, dtype, shrink)
+        pipe = random_pipeline(path, family, dtype, shrink)
+    elif single_file:
+        pipe = _from_single_file(path, family, dtype, config)
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.to(device).eval().requires_grad_(False)
-    pipe.tokenizer.model_max_length = min(
-        pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
-    )
+        pipe = family.pipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **family.options)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            part.to(device).eval().requires_grad_(False)
+        if isinstance(part, CLIPTokenizer):
+            encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
+            part.model_max_length = min(part.model_max_length, encoder.config.max_position_embeddings)
+    if dtype == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.float()
     # clip_sample is DDIM's default, but a clamp to [-1, 1] is for models of pixels, not of latents.
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    return Base(
-        name=pretrained_model_name_or_path,
-        unet=pipe.unet,
-        vae=pipe.vae,
-        text_encoder=pipe.text_encoder,
-        tokenizer=pipe.tokenizer,
-        scheduler=scheduler,
-        schedule=NoiseSchedule.from_scheduler(scheduler),
-    )
+    options = {} if family.scheduler.__name__.startswith("FlowMatch") else {"clip_sample": False}
+    scheduler = family.scheduler.from_config(pipe.scheduler.config, **options)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if family.sigmas_end_at_one_nth:
+        schedule = replace(schedule, sigma_range=None)
+    return Base(pretrained_model_name_or_path, family, pipe, scheduler, schedule)
 
 
 def add_lora(
-    unet: UNet2DConditionModel,
+    network: nn.Module,
     rank: int,
     lora_alpha: float,
     target_modules: list[str],
     lora_dropout: float = 0.0,
     seed: int = 0,
 ) -> dict[str, torch.nn.Parameter]:
-    """Add a LoRA (Hu et al. 2021) to a frozen U-Net; return its parameters by name, float32 in any U-Net.
+    """Add a LoRA (Hu et al. 2021) to a frozen network; return its parameters by name, float32 in any network.
 
     A ~ N(0, 1/rank^2) as diffusers' scripts draw it, B = 0, so the model's output is unchanged. A depends on `seed` and
     the names only, not on the device, the dtype or the global random state. `target_modules`: endings of module names.
     Raises ValueError for an ending that fits no module.
     """
-    if getattr(unet, "peft_config", None):
-        raise ValueError(f"This U-Net has an adapter already: {', '.join(unet.peft_config)}. Load the base anew.")
-    names = [name for name, _ in unet.named_modules() if name]
+    if getattr(network, "peft_config", None):
+        raise ValueError(f"This network has an adapter already: {', '.join(network.peft_config)}. Load the base anew.")
+    names = [name for name, _ in network.named_modules() if name]
     for target in target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             near = difflib.get_close_matches(target, {name.rsplit(".", 1)[-1] for name in names}, n=1)
             raise ValueError(
-                f"No module of the U-Net ends in {target!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+                f"No module of the network ends in {target!r}." + (f" Did you mean {near[0]!r}?" if near else "")
             )
     with torch.random.fork_rng(devices=[]):
-        unet.add_adapter(
+        network.add_adapter(
             LoraConfig(
                 r=rank,
                 lora_alpha=lora_alpha,
@@ -198,7 +292,7 @@ def add_lora(
                 init_lora_weights="gaussian",
             )
         )
-    parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(parameters):
         p = parameters[name]
@@ -208,7 +302,32 @@ def add_lora(
     return parameters
 
 
-def _check_family(path: str) -> None:
+def _config_of_file(path: str) -> str:
+    """The Hub's original of a single file, by its keys."""
+    return fetch_diffusers_config(load_tensors(path))["pretrained_model_name_or_path"]
+
+
+def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
+    load_tensors(path)  # for its checks
+    try:
+        pipe = family.pipeline.from_single_file(path, config=config, dtype=dtype, **family.options)
+    except SingleFileComponentError as error:
+        raise ValueError(
+            f"{path} does not hold all of a model of the family {family.label}: {str(error).strip().splitlines()[0]} "
+            "Name a complete diffusers folder as config, whose weights fill what is missing."
+        ) from error
+    except NotImplementedError as error:  # diffusers moves what it found no tensor for
+        raise ValueError(
+            f"{path} is incomplete: tensors of a model of the family {family.label} are missing."
+        ) from error
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    missing = [key for module in modules for key, tensor in module.named_parameters() if tensor.is_meta]
+    if missing:
+        raise ValueError(f"{path} is incomplete: {', '.join(missing[:3])} and {len(missing)} in all are missing.")
+    return pipe
+
+
+def _family(path: str) -> Family:
     problem = (
         f"No base model {path!r}: expected 'emoji', a diffusers folder (with model_index.json) or a Hub OWNER/NAME."
     )
@@ -216,73 +335,10 @@ def _check_family(path: str) -> None:
     if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise FileNotFoundError(problem)
     try:
-        family = StableDiffusionPipeline.load_config(path)["_class_name"]
+        name = StableDiffusionPipeline.load_config(path)["_class_name"]
     except OSError as error:
         raise FileNotFoundError(f"{problem} {str(error).strip().splitlines()[0]}") from error
-    if family != "StableDiffusionPipeline":
-        raise ValueError(
-            f"{path} is a {family}. Supported are StableDiffusionPipeline models: SD 1.x, SD 2.x and the emoji world."
-        )
-
-
-def _random_pipeline(path: str, dtype: torch.dtype, shrink: int) -> StableDiffusionPipeline:
-    unet_config = UNet2DConditionModel.load_config(path, subfolder="unet")
-    vae_config = AutoencoderKL.load_config(path, subfolder="vae")
-    text_config = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder").to_dict()
-    if shrink > 1:
-        unet_config |= _shrunk_blocks(unet_config, shrink)
-        unet_config["cross_attention_dim"] = _narrow(unet_config["cross_attention_dim"], shrink)
-        heads = unet_config.get("attention_head_dim", 8)  # diffusers' misnomer: a number of heads
-        widths = unet_config["block_out_channels"]
-        heads = heads if isinstance(heads, list | tuple) else [heads] * len(widths)
-        unet_config["attention_head_dim"] = [math.gcd(h, width) for h, width in zip(heads, widths, strict=True)]
-        vae_config |= _shrunk_blocks(vae_config, shrink)
-        for key in ("hidden_size", "intermediate_size", "projection_dim"):
-            text_config[key] = _narrow(text_config[key], shrink)
-        text_config["num_attention_heads"] = math.gcd(text_config["num_attention_heads"], text_config["hidden_size"])
-    # Asked for files that are not there, from_pretrained gives a tokenizer to which all letters are unknown.
-    if not Path(path).is_dir() or (Path(path) / "tokenizer").is_dir():
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-    else:
-        tokenizer = _toy_tokenizer()
-        text_config |= {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(unet_config)
-        vae = AutoencoderKL.from_config(vae_config)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
-    for module in (unet, vae, text_encoder):
-        torch.nn.Module.to(module, dtype)  # diffusers' own .to(dtype) warns about layers that these models do not have
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler.from_pretrained(path, subfolder="scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _narrow(width: int, shrink: int) -> int:
-    """A multiple of 8, so that groups and heads still divide it."""
-    return 8 * math.ceil(width / (8 * shrink))
-
-
-def _shrunk_blocks(config: dict, shrink: int) -> dict:
-    widths = [_narrow(width, shrink) for width in config["block_out_channels"]]
-    return {"block_out_channels": widths, "norm_num_groups": math.gcd(config["norm_num_groups"], *widths)}
-
-
-def _toy_tokenizer() -> CLIPTokenizer:
-    """A real CLIPTokenizer without merges: every byte is a token, with and without the end of a word."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = sorted(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    if name not in FAMILIES:
+        supported = "; ".join(f"{family.label} ({name})" for name, family in FAMILIES.items())
+        raise ValueError(f"{path} is a {name}. Supported are: {supported}.")
+    return FAMILIES[name]

@@ -72,10 +72,10 @@ def generate(
         )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     base = load_base(model, device=device, dtype=getattr(torch, dtype))
-    _, h, w = base.latent_shape(height, width)
+    height, width = base.image_size(height, width)
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    digests = _add_loras(pipe, lora)
+    digests = _add_loras(base.network, lora)
     settings = {
         "prompt": prompt,
         "model": model,
@@ -83,21 +83,21 @@ def generate(
         "negative_prompt": negative_prompt,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "height": h * pipe.vae_scale_factor,
-        "width": w * pipe.vae_scale_factor,
+        "height": height,
+        "width": width,
         "device": device,
         "dtype": dtype,
     }
-    prompt_embeds, negative_prompt_embeds = base.encode_prompt([prompt]), base.encode_prompt([negative_prompt])
+    base.check_prompts([prompt, negative_prompt])
     paths = []
     for image_seed in range(seed, seed + num_images_per_prompt):
         image = pipe(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
+            prompt,
+            negative_prompt=negative_prompt or None,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            height=settings["height"],
-            width=settings["width"],
+            height=height,
+            width=width,
             generator=torch.Generator().manual_seed(image_seed),
         ).images[0]
         paths.append(_write_png(image, settings | {"seed": image_seed}, digests, Path(output_dir)))
@@ -160,6 +160,39 @@ def convert_neti(mapper: str, output_dir: str, base_model: str = "CompVis/stable
     return folder
 
 
+def convert(source: str, target: str) -> None:
+    """Rewrite a pickled checkpoint as safetensors, without running anything that is in it.
+
+    Args:
+        source: The .pt, .pth, .bin or .ckpt file.
+        target: The .safetensors file to write.
+    """
+    from alignkit import artifacts
+
+    artifacts.convert(source, target)
+    print(target)
+
+
+def mix(
+    lora: Sequence[str], output_dir: str, model: str = "emoji", how: Literal["updates", "factors"] = "updates"
+) -> None:
+    """Mix LoRAs of one base into one file.
+
+    Args:
+        lora: LORA=WEIGHT, each a folder or safetensors file.
+        output_dir: Folder of the mixture.
+        model: The base model they were made for.
+        how: "updates" sums the updates of the weights, exactly; "factors" mixes as AlignProp's first code does.
+    """
+    from alignkit.artifacts import mix_lora_factors, mix_loras
+    from alignkit.base import load_base
+
+    loras = dict(map(_split_weight, lora))
+    if not loras or len(loras) < len(lora):
+        raise ValueError(f"expected LoRAs, each once, got {list(lora)}.")
+    print((mix_loras if how == "updates" else mix_lora_factors)(output_dir, load_base(model).network, loras))
+
+
 COMMANDS: dict[str, Callable | dict] = {
     "doctor": doctor,
     "data": {"check": check_data},
@@ -172,7 +205,8 @@ COMMANDS: dict[str, Callable | dict] = {
         "manipulation": evaluate.manipulation,
         "personalization": personalization.evaluate,
     },
-    "convert": {"neti": convert_neti},
+    "convert": {"checkpoint": convert, "neti": convert_neti},
+    "mix": mix,
 }
 
 
@@ -225,18 +259,18 @@ def _documentation(command: Callable):
     return parse(command.__doc__)
 
 
-def _add_loras(pipe, specs: Sequence[str]) -> dict[str, str]:
+def _add_loras(network, specs: Sequence[str]) -> dict[str, str]:
     """Load every LORA or LORA=WEIGHT; return the SHA-256 of each file by its spec."""
     from alignkit.artifacts import LORA_WEIGHTS, load_lora, sha256
 
     weights, digests = {}, {}
     for i, spec in enumerate(specs):
         path, weight = _split_weight(spec)
-        load_lora(pipe, path, adapter_name=f"lora_{i}")
+        load_lora(network, path, adapter_name=f"lora_{i}")
         weights[f"lora_{i}"] = weight
         digests[spec] = sha256(path / LORA_WEIGHTS if path.is_dir() else path)
     if weights:
-        pipe.unet.set_adapters(list(weights), list(weights.values()))
+        network.set_adapters(list(weights), list(weights.values()))
     return digests
 
 

@@ -54,7 +54,9 @@ class RunConfig:
     output_dir: str = free()
     """Folder of the run: config, checkpoints, events, samples. The same command resumes it."""
     pretrained_model_name_or_path: str = "emoji"
-    """Base model: "emoji" (bundled), a folder in diffusers format, or a name on the Hub."""
+    """Base model: "emoji" (bundled), a folder in diffusers format, a name on the Hub, or a .safetensors file."""
+    base_config: str | None = None
+    """With a .safetensors file: folder or Hub name of the configs and tokenizers that go with it; null guesses it."""
     random_init: bool = False
     """Build the base from its config with random weights, to try a run without downloading them."""
     shrink: int = 1

@@ -13,6 +13,7 @@ Nothing here keeps state between calls, so any of it may be differentiated, reco
 for one step in the middle of a chain. A diffusers scheduler allows none of the three.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 UNSUPPORTED_FLOW_OPTIONS = (
-    "use_dynamic_shifting",
     "shift_terminal",
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -45,7 +45,12 @@ class NoiseSchedule:
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     shift: float = 1.0  # flow only: sigma -> shift sigma / (1 + (shift - 1) sigma)
-    sigma_range: tuple[float, float] = (0.0, 1.0)  # flow only: the last and the first sigma before the shift
+    sigma_range: tuple[float, float] | None = (
+        0.0,
+        1.0,
+    )  # flow only: last and first sigma before the shift; None: 1/N, 1
+    # flow only: two points (image tokens, log shift) of a line that gives the shift of any size of image
+    dynamic_shift: tuple[tuple[int, float], tuple[int, float]] | None = None
 
     def __post_init__(self):
         if self.prediction_type not in PREDICTION_TYPES:
@@ -61,18 +66,27 @@ class NoiseSchedule:
         `clip_sample` is ignored, as diffusers' own latent pipelines do: latents have no range to be clipped to.
 
         Raises:
-            ValueError: for a schedule that has no closed form here (dynamic thresholding, resolution-dependent shift).
+            ValueError: for a schedule that has no closed form here (dynamic thresholding, Karras sigmas).
         """
         config = scheduler.config
         if type(scheduler).__name__.startswith("FlowMatch"):
             unsupported = [key for key in UNSUPPORTED_FLOW_OPTIONS if config.get(key)]
             if unsupported:
-                raise ValueError(f"Only flow schedules with a fixed shift are supported; this one sets {unsupported}.")
+                raise ValueError(f"Only flow schedules with a plain shift are supported; this one sets {unsupported}.")
+            dynamic_shift = None
+            if config.use_dynamic_shifting:
+                if config.time_shift_type != "exponential":
+                    raise ValueError(f"time_shift_type must be exponential, got {config.time_shift_type!r}.")
+                dynamic_shift = (
+                    (config.base_image_seq_len, config.base_shift),
+                    (config.max_image_seq_len, config.max_shift),
+                )
             return cls(
                 "flow_prediction",
                 config.num_train_timesteps,
                 shift=scheduler.shift,
                 sigma_range=(scheduler.sigma_min, scheduler.sigma_max),
+                dynamic_shift=dynamic_shift,
             )
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
@@ -165,16 +179,21 @@ class NoiseSchedule:
             return x_t + alpha * model_output
         return alpha * model_output + sigma * x_t
 
-    def timesteps(self, num_inference_steps: int) -> Tensor:
-        """[N], descending, as diffusers' DDIMScheduler (int64) or FlowMatchEulerDiscreteScheduler (float32) sets."""
+    def timesteps(self, num_inference_steps: int, image_tokens: int | None = None) -> Tensor:
+        """[N], descending, as diffusers' DDIMScheduler (int64) or FlowMatchEulerDiscreteScheduler (float32) sets.
+
+        `image_tokens`: how many the network sees of an image, needed with dynamic_shift (Esser et al. 2024, section
+        5.3.2: larger images need more noise to be as unrecognisable).
+        """
         n, total = num_inference_steps, self.num_train_timesteps
         if not 1 <= n <= total:
             raise ValueError(f"num_inference_steps must be between 1 and {total}, got {n}.")
         index = torch.arange(n, dtype=torch.float64)
         if self.is_flow:
-            low, high = self.sigma_range
+            low, high = self.sigma_range or (1 / n, 1.0)
             sigma = high + (low - high) * index / max(n - 1, 1)
-            return (self.shift * sigma / (1 + (self.shift - 1) * sigma) * total).float()
+            shift = self.shift if self.dynamic_shift is None else self._shift_of(image_tokens)
+            return (shift * sigma / (1 + (shift - 1) * sigma) * total).float()
         if self.timestep_spacing == "leading":
             timesteps = (index * (total // n)).flip(0) + self.steps_offset
         elif self.timestep_spacing == "trailing":
@@ -187,6 +206,12 @@ class NoiseSchedule:
         if timesteps[0] >= total:
             raise ValueError(f"{n} steps with steps_offset {self.steps_offset} run past the last of {total} timesteps.")
         return timesteps.long()
+
+    def _shift_of(self, image_tokens: int | None) -> float:
+        if image_tokens is None:
+            raise ValueError("The shift of this schedule depends on the size of the image: pass image_tokens.")
+        (base_tokens, base_log), (max_tokens, max_log) = self.dynamic_shift
+        return math.exp(base_log + (max_log - base_log) * (image_tokens - base_tokens) / (max_tokens - base_tokens))
 
     def ddim_step(
         self,

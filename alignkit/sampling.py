@@ -5,7 +5,7 @@ off there, and in whether the reward sees x_0 or a predicted x_0. So the loop is
 data: a `GradientPlan`. `PLANS` holds the published ones; drawing is all that happens there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from alignkit.noise import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, C, H, W], timestep) -> model output [B, C, H, W]
-UNetForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, timestep, prompt_embeds) -> model output
+Condition = Tensor | Mapping[str, Tensor]  # prompt embeddings, or all that a network reads beside them; [B, ...] each
+Forward = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t, timestep, condition) -> model output
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -181,34 +182,42 @@ PLANS: dict[str, Callable[..., GradientPlan]] = {
 
 
 def guided(
-    unet_forward: UNetForward,
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor | None,
+    forward: Forward,
+    condition: Condition,
+    negative_condition: Condition | None,
     guidance_scale: float,
     detach_uncond: bool = False,
 ) -> Denoiser:
     """Classifier-free guidance, uncond + guidance_scale (cond - uncond), batched. Ho & Salimans 2022, eq. 6.
 
-    prompt_embeds and negative_prompt_embeds are [B, S, D]. With guidance_scale <= 1 there is no guidance and the
-    unconditional half is not computed, as in diffusers. `detach_uncond` cuts the gradient through that half.
+    The conditions are prompt embeddings [B, S, D] or dicts of tensors [B, ...]. With guidance_scale <= 1 there is no
+    guidance and the unconditional half is not computed, as in diffusers. `detach_uncond` cuts the gradient through it.
     """
     if guidance_scale <= 1:
-        return lambda x_t, timestep: unet_forward(x_t, timestep, prompt_embeds)
-    if negative_prompt_embeds is None or negative_prompt_embeds.shape != prompt_embeds.shape:
-        got = None if negative_prompt_embeds is None else list(negative_prompt_embeds.shape)
+        return lambda x_t, timestep: forward(x_t, timestep, condition)
+    if _shapes(negative_condition) != _shapes(condition):
         raise ValueError(
-            f"guidance_scale {guidance_scale} needs negative_prompt_embeds of the shape of prompt_embeds, "
-            f"{list(prompt_embeds.shape)}; got {got}."
+            f"guidance_scale {guidance_scale} needs a negative condition of the shape of the condition, "
+            f"{_shapes(condition)}; got {_shapes(negative_condition)}."
         )
-    both_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+    if isinstance(condition, Mapping):
+        both = {name: torch.cat([negative_condition[name], tensor]) for name, tensor in condition.items()}
+    else:
+        both = torch.cat([negative_condition, condition])
 
     def denoiser(x_t: Tensor, timestep: Tensor) -> Tensor:
-        uncond, cond = unet_forward(torch.cat([x_t, x_t]), timestep, both_embeds).chunk(2)
+        uncond, cond = forward(torch.cat([x_t, x_t]), timestep, both).chunk(2)
         if detach_uncond:
             uncond = uncond.detach()
         return uncond + guidance_scale * (cond - uncond)
 
     return denoiser
+
+
+def _shapes(condition: Condition | None):
+    if isinstance(condition, Mapping):
+        return {name: list(tensor.shape) for name, tensor in condition.items()}
+    return None if condition is None else list(condition.shape)
 
 
 def sample(

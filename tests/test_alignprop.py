@@ -451,7 +451,13 @@ def test_configs_parse(path):
     assert f"training/alignprop.py --config {path.relative_to(ROOT)}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+DEEP = ("sdxl", "sd3", "flux")  # tests/test_families.py trains them with fewer layers
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.slow if path.stem in DEEP else ()) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)  # fmt: skip
 def test_configs_dry_run(path, tmp_path, monkeypatch, capsys):
     """On random weights; the judges of a model that is not bundled are replaced by one that needs no weights."""
     monkeypatch.chdir(ROOT)

@@ -175,7 +175,7 @@ def text_encoder(weights):
         (rename, r"no layer .*to_kk; the nearest is .*to_k"),
         (halve, r"expected .* of \[out, in\] = \[8, \d+\], got \[4, \d+\]"),
         (drop, r"incomplete: expected lora_A and lora_B of"),
-        (text_encoder, r"expected U-Net LoRA keys \(unet.…\), got text_encoder"),
+        (text_encoder, r"expected LoRA keys of a unet \(unet.…\), got text_encoder"),
         (dict.clear, r"holds no LoRA weights"),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from alignkit.base import ARCHITECTURES, add_lora, load_base
+from alignkit.base import add_lora, load_base
+from alignkit.random_init import ARCHITECTURES
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -105,8 +106,8 @@ def test_wrong_names_and_families_are_refused_at_once(tmp_path):
         load_base("nowhere")
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         load_base(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline. Supported are"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(ValueError, match="is a KandinskyPipeline. Supported are"):
         load_base(str(tmp_path))
     with pytest.raises(ValueError, match="shrink"):
         load_base(str(tmp_path), shrink=2)

@@ -71,6 +71,23 @@ def test_an_image_does_not_depend_on_how_many_were_asked_for(model):
     assert not np.array_equal(many[3], many[4])
 
 
+def test_a_mixture_draws_what_its_loras_draw_together(model, tmp_path):
+    """To the 8 bits of a picture, give or take the rounding of another order of sums."""
+    loras = ["--lora", f"{model}/lora1=0.1", "--lora", f"{model}/lora2=-0.05"]
+    cli.main(["mix", *loras, "--model", f"{model}/model", "--output_dir", f"{tmp_path}/mixed"])
+    together, mixed = (generate(model, *options)[0].astype(int) for options in (loras, ["--lora", f"{tmp_path}/mixed"]))
+    assert np.abs(together - mixed).max() <= 1 and np.abs(together - generate(model)[0]).max() > 1
+
+
+def test_convert(tmp_path, capsys):
+    torch.save({"state_dict": {"weight": torch.arange(3.0)}}, tmp_path / "model.pt")
+    cli.main(["convert", "--source", f"{tmp_path}/model.pt", "--target", f"{tmp_path}/model.safetensors"])
+    assert artifacts.load_tensors(tmp_path / "model.safetensors")["weight"].tolist() == [0, 1, 2]
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--source", f"{tmp_path}/model.pt", "--target", f"{tmp_path}/model.safetensors"])
+    assert "new .safetensors file" in capsys.readouterr().err
+
+
 def test_lora_weights(model):
     plain, lora = generate(model)[0], generate(model, "--lora", f"{model}/lora1")[0]
     assert not np.array_equal(plain, lora)

@@ -180,5 +180,5 @@ def test_what_is_refused():
         NoiseSchedule.from_scheduler(ddim(prediction_type="sample"))
     with pytest.raises(ValueError, match="thresholding"):
         NoiseSchedule.from_scheduler(ddim(thresholding=True))
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(ValueError, match="shift_terminal"):
+        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift_terminal=0.02))

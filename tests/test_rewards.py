@@ -13,25 +13,21 @@ import yaml
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import CLIPConfig, CLIPModel, SegformerConfig, SegformerForSemanticSegmentation
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from alignkit.emoji.judges import AestheticHead, DensityCounter
 from alignkit.rewards import REWARDS, RewardConfig, build_reward, combine, probe, probe_images, shape_loss
 from alignkit.rewards.aesthetic import collapse
+from alignkit.rewards.detection import Detection
 from alignkit.rewards.jpeg import CHROMINANCE, LUMINANCE, cosine_transform, quantisation_steps, to_planes
 from alignkit.rewards.reward import Reward
 from alignkit.rewards.ssim import BETAS, fitting_betas
+from tests.tiny_models import all_models, letters
 
 PROMPTS = ["a cat", "two red dogs", "a bird"]
+REAL: dict[str, dict] = {}  # the arguments of the rewards of tests/tiny_models.py, once they are written
 DOCS = Path(__file__).parent.parent / "docs" / "rewards.md"
-
-
-def toy_tokenizer() -> CLIPTokenizer:
-    """Letters as tokens, no length limit of its own (model_max_length is 1e30)."""
-    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=[])
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def models(tmp_path_factory) -> Path:
     """Tiny random models of every kind that a reward loads, as folders; the CLIP in fp16, as the bundled ones are."""
     folder = tmp_path_factory.mktemp("models")
     layers = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    tokenizer = toy_tokenizer()
+    tokenizer = letters()
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     text_config = dict(**layers, **special, vocab_size=len(tokenizer), max_position_embeddings=12, projection_dim=16)
     vision_config = dict(**layers, image_size=32, patch_size=8, projection_dim=16)
@@ -61,6 +57,7 @@ def models(tmp_path_factory) -> Path:
     head.save_pretrained(folder / "aesthetic")
     reference = (probe_images(1, 40, 40)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     Image.fromarray(reference).save(folder / "reference.png")
+    REAL.update(all_models(folder))
     return folder
 
 
@@ -70,13 +67,16 @@ def arguments(name: str, models: Path) -> dict:
         "aesthetic": {"clip": str(models / "clip"), "head": str(models / "aesthetic")},
         "alignment": {"model": str(models / "clip")},
         "count": {"model": str(models / "counter"), "count": 5},
+        "pickscore": {"model": str(models / "clip")},
         "ssim": {"reference": str(models / "reference.png")},
-    }.get(name, {})
+    }.get(name) or REAL.get(name, {})
 
 
-@pytest.fixture(params=REWARDS)
+@pytest.fixture(params=[*REWARDS, "siglip", "open_clip"])
 def reward(request, models) -> Reward:
-    return build_reward(request.param, **arguments(request.param, models))
+    """Every reward of ours, and alignment by the encoders of other libraries."""
+    name = request.param if request.param in REWARDS else "alignment"
+    return build_reward(name, **arguments(request.param, models))
 
 
 def images_like_generated(batch_size: int = 3, height: int = 48, width: int = 64, seed: int = 1) -> torch.Tensor:
@@ -90,6 +90,8 @@ def images_like_generated(batch_size: int = 3, height: int = 48, width: int = 64
 
 def test_gradient_equals_finite_differences(reward):
     """Central difference along a random direction in float64, h small enough to stay clear of kinks."""
+    if isinstance(reward, Detection):
+        pytest.skip("detectors return float32; tests/test_real_rewards.py has their gradients")
     reward.double()
     images = images_like_generated().double().clamp(0.01, 0.99).requires_grad_()
     scores = reward(images, PROMPTS)
@@ -257,7 +259,7 @@ def test_a_wrong_end_of_text_id_is_refused(models, tmp_path):
     clip = CLIPModel.from_pretrained(models / "clip")
     clip.config.text_config.eos_token_id = 7
     clip.save_pretrained(tmp_path)
-    toy_tokenizer().save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="end-of-text id in model and tokenizer, got 7"):
         build_reward("alignment", model=str(tmp_path))
 

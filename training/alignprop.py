@@ -45,9 +45,9 @@ from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, RunConfig, parse, to_dict
 from alignkit.data import Prompts, read_prompts
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine, probe
-from alignkit.rewards.clip import ClipEncoder
+from alignkit.rewards.clip import Encoder
 from alignkit.run import Run
-from alignkit.sampling import PLANS, GradientPlan, guided, sample
+from alignkit.sampling import PLANS, GradientPlan, sample
 
 
 @dataclass
@@ -149,14 +149,17 @@ def train(cfg: Config) -> Path:
         cfg.pretrained_model_name_or_path,
         dtype=run.weight_dtype,
         device=run.device,
+        config=cfg.base_config,
         random_init=cfg.random_init,
         shrink=cfg.shrink,
     )
-    if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
+    if (
+        run.device.type == "cpu" and base.family.network == "unet"
+    ):  # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
-    lora = add_lora(base.unet, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
+    lora = add_lora(base.network, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 
@@ -173,7 +176,7 @@ def train(cfg: Config) -> Path:
 
     stopped, shown = None, None
     for step in run.steps():
-        base.unet.train()  # for the LoRA's dropout
+        base.network.train()  # for the LoRA's dropout
         plan = cfg.plan.draw(cfg.num_inference_steps, run.generator(step, tag="plan"))
         measured = []
         for indices in run.micro_batches(step):
@@ -223,17 +226,10 @@ def generate(
 
     Without a plan, the pixels of the stock pipeline for the same prompts and generators.
     """
-    device = base.unet.device
-    x_T = randn_tensor((len(prompts), *base.latent_shape(cfg.resolution, cfg.resolution)), generators, device)
-    prompt_embeds = base.encode_prompt(prompts)
-    negative_prompt_embeds = base.encode_prompt([cfg.negative_prompt] * len(prompts))
-
-    def unet_forward(x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        # latents stay float32 between the steps; the timestep keeps its integers (noise.py)
-        return base.unet(x_t.to(prompt_embeds.dtype), timestep, encoder_hidden_states=prompt_embeds).sample.float()
-
-    denoiser = guided(unet_forward, prompt_embeds, negative_prompt_embeds, cfg.guidance_scale, cfg.detach_uncond)
-    timesteps = base.schedule.timesteps(cfg.num_inference_steps).to(device)
+    size = (cfg.resolution, cfg.resolution)
+    x_T = randn_tensor((len(prompts), *base.latent_shape(*size)), generators, base.device)
+    denoiser = base.denoiser(prompts, cfg.negative_prompt, cfg.guidance_scale, *size, cfg.detach_uncond)
+    timesteps = base.timesteps(cfg.num_inference_steps, *size)
     return base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan, eta=eta, generator=generators))
 
 
@@ -261,7 +257,7 @@ class Judges(nn.Module):
         super().__init__()
         self.rewards, self.monitors = rewards, monitors
         encoders = [getattr(monitor, "encoder", None) for monitor in monitors.rewards] if monitors else []
-        self.encoder = next((encoder for encoder in encoders if isinstance(encoder, ClipEncoder)), None)
+        self.encoder = next((encoder for encoder in encoders if isinstance(encoder, Encoder)), None)
 
     @torch.no_grad()
     def measure(self, images: Tensor, batch: Prompts, scores: Combined | None = None) -> dict[str, Tensor]:
@@ -292,15 +288,15 @@ class Validation:
 
     def __init__(self, cfg: Config, base: Base, judges: Judges, prompts: Prompts):
         self.cfg, self.base, self.judges, self.prompts = cfg, base, judges, prompts
-        base.unet.disable_adapters()
+        base.network.disable_adapters()
         self.base_images = self.draw()
-        base.unet.enable_adapters()
+        base.network.enable_adapters()
         self.base_measured = judges.measure(self.base_images, prompts)
         self.start = self.summary(self.base_measured)
 
     @torch.no_grad()
     def draw(self) -> Tensor:
-        self.base.unet.eval()
+        self.base.network.eval()
         images, size = [], self.cfg.train_batch_size
         for first in range(0, len(self.prompts), size):
             prompts = self.prompts.prompts[first : first + size]
@@ -365,11 +361,9 @@ def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
 
 def probe_rewards(rewards: WeightedRewards, base: Base, resolution: int | None, prompts: Prompts) -> None:
     """Refuses a reward without gradient, on images of the size that will be trained on."""
-    latents = torch.zeros(1, *base.latent_shape(resolution, resolution), device=base.unet.device)
-    with torch.no_grad():
-        height, width = base.decode(latents).shape[-2:]
+    height, width = base.image_size(resolution, resolution)
     rows = prompts.rows([0, len(prompts) - 1])
-    probe(rewards, rows.prompts, height=height, width=width, device=base.unet.device, **rows.columns)
+    probe(rewards, rows.prompts, height=height, width=width, device=base.device, **rows.columns)
 
 
 def warn_if_adam_is_blind(grad_norm: float, lora: dict[str, nn.Parameter], adam_epsilon: float) -> None:
@@ -388,7 +382,7 @@ def export(
 ) -> None:
     """The LoRA, a picture of what it changed, the curves, and a card."""
     folder = run.output_dir
-    save_lora(folder, base.unet)
+    save_lora(folder, base.network)
     shown = min(8, len(before))
     pictures = numpy_to_pil(torch.cat([before[:shown], after[:shown]]).permute(0, 2, 3, 1).cpu().numpy())
     zoom = max(1, 128 // pictures[0].width)

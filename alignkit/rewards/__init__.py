@@ -27,7 +27,13 @@ REWARDS = {
     "alignment": "alignkit.rewards.alignment:Alignment",
     "compressibility": "alignkit.rewards.jpeg:Compressibility",
     "count": "alignkit.rewards.count:Count",
+    "hpsv2": "alignkit.rewards.alignment:HPSv2",
+    "image_reward": "alignkit.rewards.image_reward:ImageReward",
     "incompressibility": "alignkit.rewards.jpeg:Incompressibility",
+    "object_absence": "alignkit.rewards.detection:ObjectAbsence",
+    "object_count": "alignkit.rewards.detection:ObjectCount",
+    "object_presence": "alignkit.rewards.detection:ObjectPresence",
+    "pickscore": "alignkit.rewards.alignment:PickScore",
     "ssim": "alignkit.rewards.ssim:Ssim",
 }
 

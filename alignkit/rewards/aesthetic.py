@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alignkit.emoji import resolve
 from alignkit.emoji.judges import AestheticHead
-from alignkit.rewards.clip import ClipEncoder
+from alignkit.rewards.clip import load_encoder
 from alignkit.rewards.reward import Reward, frozen
 
 
@@ -17,13 +17,19 @@ class Aesthetic(Reward):
     """Head on the L2-normalised CLIP image embedding, as LAION's improved aesthetic predictor (Schuhmann 2022).
 
     Args:
-        clip: a folder or Hub name of the `transformers.CLIPModel` that the head was trained on.
+        clip: the CLIP that the head was trained on, as `model` of `alignment`.
         head: a folder of `alignkit.emoji.judges.AestheticHead`, or a `.safetensors` file of LAION's predictor.
+        weights: as `weights` of `alignment`.
     """
 
-    def __init__(self, clip: str = "emoji/training/clip", head: str = "emoji/training/aesthetic"):
+    def __init__(
+        self,
+        clip: str = "emoji/training/clip",
+        head: str = "emoji/training/aesthetic",
+        weights: str | None = None,
+    ):
         super().__init__()
-        self.encoder = ClipEncoder(resolve(clip))
+        self.encoder = load_encoder(resolve(clip), weights)
         self.resolution = self.encoder.resolution
         self.head, embedding_dim = load_head(resolve(head))
         if embedding_dim != self.encoder.embedding_dim:
@@ -43,7 +49,7 @@ def load_head(path: str) -> tuple[nn.Module, int]:
         ValueError: a pickle, or a file that holds no head.
     """
     if path.endswith((".pth", ".pt", ".bin", ".ckpt")):
-        raise ValueError(f"expected a folder or .safetensors file, got the pickle {path}; docs/rewards.md converts it.")
+        raise ValueError(f"expected a folder or .safetensors file, got the pickle {path}: `alignkit convert checkpoint` it first.")
     if path.endswith(".safetensors"):
         head = collapse(load_file(path))
         return frozen(head), head.in_features

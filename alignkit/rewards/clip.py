@@ -1,4 +1,4 @@
-"""CLIP as a differentiable image encoder and a text encoder, for the rewards that stand on it."""
+"""CLIP and its kin as differentiable image encoders and text encoders, for the rewards that stand on them."""
 
 import warnings
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from alignkit.artifacts import load_tensors
 from alignkit.rewards.reward import frozen
 
 # Weights kept in half precision would round the gradient of every pixel; a pickle may run code.
@@ -17,75 +18,216 @@ LOADING = {"dtype": torch.float32, "use_safetensors": True}
 # In configs older than 2023 the end-of-text id is a wrong 2, which transformers reads as the highest id of the prompt.
 LEGACY_EOS_TOKEN_ID = 2
 
+CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+OPEN_CLIP = ("open_clip:", "local-dir:", "hf-hub:")  # the latter two are open_clip's own
 
-class ClipEncoder(nn.Module):
-    """A frozen `transformers.CLIPModel` with its tokenizer (Radford et al. 2021, arXiv 2103.00020).
 
-    Image mean and standard deviation come from the folder's `preprocessor_config.json`, or are CLIP's own.
+class Encoder(nn.Module):
+    """A frozen image and text encoder into one space: what `ClipEncoder` and `OpenClipEncoder` share.
 
-    Args:
-        path: a folder or Hub name of a CLIPModel with its tokenizer (PickScore is one, too).
+    They load `clip`, say how images enter it (`resolution`, `resize`, `interpolation`, `mean`, `std`) and how many
+    tokens and numbers there are (`max_length`, `embedding_dim`), and compute `image_features` [B,3,S,S] -> [B,D],
+    `text_features` and `token_counts` of prompts.
     """
 
-    def __init__(self, path: str):
-        super().__init__()
-        self.clip = frozen(CLIPModel.from_pretrained(path, **LOADING))
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        text_config, vision_config = self.clip.config.text_config, self.clip.config.vision_config
-        self.resolution = vision_config.image_size
-        self.embedding_dim = self.clip.config.projection_dim
-        # A tokenizer without a limit of its own says 1e30.
-        self.max_length = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)
-        # transformers pools at the first end-of-text id and, finding none, silently at the first token of every prompt.
-        if text_config.eos_token_id not in (LEGACY_EOS_TOKEN_ID, self.tokenizer.eos_token_id):
-            raise ValueError(
-                f"{path}: expected the same end-of-text id in model and tokenizer, got {text_config.eos_token_id} in "
-                f"text_config.eos_token_id and {self.tokenizer.eos_token_id} in the tokenizer. Correct config.json."
-            )
-        mean, std = image_statistics(path, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    def _set_statistics(self, mean: Tensor, std: Tensor) -> None:
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor of cosines in the logits that the model was trained with."""
+        return self.clip.logit_scale.exp()
+
     def embed_images(self, images: Tensor) -> Tensor:
         """Images [B,3,H,W] in [0,1] -> L2-normalised embeddings [B,D], with gradient."""
-        pixels = resize_and_crop(images, self.resolution)
-        pixels = ((pixels - self.mean) / self.std).to(self.clip.dtype)
-        return F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        pixels = fit(images, self.resolution, self.resize, self.interpolation)
+        return F.normalize(self.image_features((pixels - self.mean) / self.std), dim=-1)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> L2-normalised embeddings [B,D]; warns of prompts that are cut to the model's length."""
-        for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-            if len(ids) > self.max_length:
+        for prompt, length in zip(prompts, self.token_counts(list(prompts)), strict=True):
+            if length > self.max_length:
                 warnings.warn(
-                    f"the reward reads {self.max_length} of {len(ids)} tokens of the prompt {prompt!r}", stacklevel=2
+                    f"the reward reads {self.max_length} of {length} tokens of the prompt {prompt!r}", stacklevel=2
                 )
+        return F.normalize(self.text_features(list(prompts)), dim=-1)
+
+
+class ClipEncoder(Encoder):
+    """A frozen `transformers` CLIPModel or SiglipModel with its tokenizer (Radford et al. 2021, arXiv 2103.00020).
+
+    How images are resized and normalised comes from the folder's `preprocessor_config.json`, or is the model's usual.
+
+    Args:
+        path: a folder or Hub name of the model with its tokenizer (PickScore is a CLIPModel, too).
+    """
+
+    def __init__(self, path: str):
+        super().__init__()
+        config = AutoConfig.from_pretrained(path)
+        kinds = {"clip": CLIPModel, "siglip": SiglipModel}
+        if config.model_type not in kinds:
+            raise ValueError(f"{path}: expected one of {', '.join(kinds)} by model_type, got {config.model_type!r}.")
+        self.is_siglip = config.model_type == "siglip"
+        self.clip = frozen(kinds[config.model_type].from_pretrained(path, **LOADING))
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        text_config, vision_config = self.clip.config.text_config, self.clip.config.vision_config
+        self.resolution = vision_config.image_size
+        self.embedding_dim = vision_config.hidden_size if self.is_siglip else self.clip.config.projection_dim
+        # A tokenizer without a limit of its own says 1e30.
+        self.max_length = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)
+        # transformers pools at the first end-of-text id and, finding none, silently at the first token of every prompt.
+        expected_eos = (LEGACY_EOS_TOKEN_ID, self.tokenizer.eos_token_id)
+        if not self.is_siglip and text_config.eos_token_id not in expected_eos:
+            raise ValueError(
+                f"{path}: expected the same end-of-text id in model and tokenizer, got {text_config.eos_token_id} in "
+                f"text_config.eos_token_id and {self.tokenizer.eos_token_id} in the tokenizer. Correct config.json."
+            )
+        processor = processor_config(path)
+        size = processor.get("size", {"height": self.resolution} if self.is_siglip else {})
+        self.resize = "squash" if isinstance(size, dict) and "height" in size else "shortest"
+        self.interpolation = interpolation_of(processor)
+        self._set_statistics(*image_statistics(path, *(SIGLIP_STATISTICS if self.is_siglip else CLIP_STATISTICS)))
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
+
+    def token_counts(self, prompts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        # SigLIP has learnt from padded texts, and reads the padding
+        padding = "max_length" if self.is_siglip else True
         tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            prompts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.mean.device)
-        features = self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        return F.normalize(features.pooler_output, dim=-1)
+        mask = None if self.is_siglip else tokens.attention_mask
+        return self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=mask).pooler_output
 
 
-def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Images [B,3,H,W] -> [B,3,size,size]: shortest side to `size` by antialiased bicubic, centre crop.
+class OpenClipEncoder(Encoder):
+    """Any model of `open_clip` with its tokenizer.
 
-    What CLIPImageProcessor does through PIL, but with a gradient.
+    Args:
+        model: "open_clip:ARCHITECTURE", "local-dir:FOLDER" or "hf-hub:OWNER/NAME".
+        weights: with an architecture, a `.safetensors` file of its weights.
+    """
+
+    def __init__(self, model: str, weights: str | None = None):
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError(f"{model} needs the package open_clip_torch: pip install alignkit[rewards].") from error
+
+        name = model.removeprefix("open_clip:")
+        if (name == model) == (weights is not None):
+            raise ValueError(
+                f"expected weights (a .safetensors file) with open_clip:ARCHITECTURE and with nothing else, got the "
+                f"model {model!r} and the weights {weights!r}."
+            )
+        state_dict = load_tensors(weights) if weights else None
+        # None of the parts' own pretrained weights: they would be downloaded, to be overwritten.
+        self.clip = open_clip.create_model(
+            name, load_weights=weights is None, pretrained_text=False, require_pretrained=weights is None
+        )
+        if state_dict is not None:
+            _load_strictly(self.clip, state_dict, weights, model)
+        self.clip = frozen(self.clip.float())
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.max_length = self.clip.context_length
+        preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
+        size = preprocessing["size"]
+        self.resolution = size if isinstance(size, int) else size[-1]
+        if size not in (self.resolution, (self.resolution,) * 2, [self.resolution] * 2):
+            raise ValueError(f"{model}: expected a model of square images, got one of {size}.")
+        self.resize = preprocessing.get("resize_mode", "shortest")
+        self.interpolation = preprocessing.get("interpolation", "bicubic")
+        mean, std = preprocessing.get("mean", CLIP_STATISTICS[0]), preprocessing.get("std", CLIP_STATISTICS[1])
+        self._set_statistics(torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
+        with torch.no_grad():
+            self.embedding_dim = self.image_features(torch.zeros(1, 3, self.resolution, self.resolution)).shape[-1]
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.clip.encode_image(pixels.to(self.clip.logit_scale.dtype))
+
+    def token_counts(self, prompts: list[str]) -> list[int]:
+        if not hasattr(self.tokenizer, "encode"):  # one of transformers'
+            return [len(ids) for ids in self.tokenizer.tokenizer(prompts).input_ids]
+        return [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts]  # begin and end
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        return self.clip.encode_text(self.tokenizer(prompts).to(self.mean.device))
+
+
+def load_encoder(model: str, weights: str | None = None) -> Encoder:
+    """The encoder by its name: one of open_clip's where it begins with open_clip:, local-dir: or hf-hub:."""
+    if model.startswith(OPEN_CLIP):
+        return OpenClipEncoder(model, weights)
+    if weights:
+        raise ValueError(f"weights go with open_clip:ARCHITECTURE; {model} has its own.")
+    return ClipEncoder(model)
+
+
+def _load_strictly(model: nn.Module, state_dict: dict[str, Tensor], path: str, name: str) -> None:
+    state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    expected = model.state_dict()
+    wrong = sorted(state_dict.keys() ^ expected.keys())
+    wrong += [key for key in expected if key in state_dict and state_dict[key].shape != expected[key].shape]
+    if wrong:
+        key = wrong[0]
+        got, wanted = (list(d[key].shape) if key in d else "none" for d in (state_dict, expected))
+        raise ValueError(f"{path} does not fit {name}: of {key} expected {wanted}, got {got} ({len(wrong)} differ).")
+    model.load_state_dict(state_dict)
+
+
+def fit(images: Tensor, size: int, resize: str = "shortest", interpolation: str = "bicubic") -> Tensor:
+    """Images [B,3,H,W] -> [B,3,size,size], antialiased, with a gradient; what the official processors do through PIL.
+
+    shortest: the shortest side to `size`, centre crop (CLIP). longest: the longest side to `size`, zeros around it
+    (HPSv2). squash: both sides to `size` (SigLIP, OWL-ViT).
     """
     height, width = images.shape[-2:]
-    shortest = min(height, width)
-    height, width = size * height // shortest, size * width // shortest
+    if resize == "squash":
+        height, width = size, size
+    elif resize == "longest":
+        longest = max(height, width)
+        height, width = round(size * height / longest), round(size * width / longest)
+    else:
+        shortest = min(height, width)
+        height, width = size * height // shortest, size * width // shortest
     if (height, width) != images.shape[-2:]:
-        images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)
+        images = F.interpolate(images, size=(height, width), mode=interpolation, antialias=True)
+    if resize == "longest":
+        left, top = (size - width) // 2, (size - height) // 2
+        return F.pad(images, (left, size - width - left, top, size - height - top))
     top, left = (height - size) // 2, (width - size) // 2
     return images[..., top : top + size, left : left + size]
 
 
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """Images [B,3,H,W] -> [B,3,size,size] as CLIPImageProcessor, but with a gradient."""
+    return fit(images, size)
+
+
+def processor_config(path: str) -> dict:
+    """A model's `preprocessor_config.json`, empty where there is none."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(path)[0]
+    except OSError:
+        return {}
+
+
+def interpolation_of(processor: dict) -> str:
+    """PIL's number of an interpolation, 2 or 3, as torch names it; bicubic where there is none."""
+    return "bilinear" if processor.get("resample", 3) == 2 else "bicubic"
+
+
 def image_statistics(path: str, default_mean: Sequence[float], default_std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [3,1,1] that a model's `preprocessor_config.json` states, or the defaults."""
-    try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(path)
-    except OSError:
-        config = {}
+    config = processor_config(path)
     mean, std = config.get("image_mean", default_mean), config.get("image_std", default_std)
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
