@@ -172,6 +172,7 @@ def train(cfg: Config) -> Path:
         random_init=cfg.random_init,
         shrink=cfg.shrink,
     )
+    base.require_family("StableDiffusionPipeline")
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
     size = image_size(base, cfg.resolution)
     condition.to(run.device)

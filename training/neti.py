@@ -139,6 +139,7 @@ def train(cfg: Config) -> Path:
         random_init=cfg.random_init,
         shrink=cfg.shrink,
     )
+    base.require_family("StableDiffusionPipeline")
     if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
     if cfg.gradient_checkpointing:
