@@ -23,12 +23,13 @@ timestep, the network reads from a context bank (attention.py): each prompt's em
 one more row, and at every call that row is exchanged for the contexts of all layers.
 """
 
+import copy
 import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -200,7 +201,8 @@ class _Text:
     """Prompts in the base's words, and the rows of the concepts in the customised model's."""
 
     def __init__(self, custom: Any, base: Any, concepts: Sequence[Concept], source: str, num_layers: int):
-        self.custom, self.base, self.concepts, self.source = custom, base, concepts, source
+        self.custom, self.base, self.source = custom, base, source
+        self.concepts = [_on_device(concept, custom.unet.device) for concept in concepts]
         self.num_layers, self.cache = num_layers, {}
         self.window = min(tokenizer.model_max_length for tokenizer in _tokenizers(base))
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
@@ -314,14 +316,19 @@ class _Text:
         learned = {concept.phrase: concept.learned for _, _, concept in self.find(span.text)}
         tokens = [tokenize(tower, span.text, learned) for tower in own]
         first = tokens[0].spans[span.index][1]
-        device = self.custom.unet.device
-        for concept in learned.values():
-            concept.module.to(device)
-        time = torch.tensor([float(timestep)], device=device)
+        time = torch.tensor([float(timestep)], device=self.custom.unet.device)
         clip_skip = extra.get("clip_skip") or 0
         keys, values = encode_contexts(own, [tokens], learned, time, self.num_layers, clip_skip=clip_skip)
         rows = slice(first, first + span.concept.learned.module.num_vectors)
         return keys[0, :, rows].to(self.custom.unet.dtype), values[0, :, rows].to(self.custom.unet.dtype)
+
+
+def _on_device(concept: Concept, device: torch.device) -> Concept:
+    """With a copy of what was learnt, since the caller's stays where it is."""
+    if concept.learned is None:
+        return concept
+    module = copy.deepcopy(concept.learned.module).to(device).eval()
+    return replace(concept, learned=replace(concept.learned, module=module))
 
 
 def _find(prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int, Concept]]:
