@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from alignkit.data import read_prompts
 from alignkit.emoji import WEIGHTS_DIR, aesthetics, captions, matching, prompts, resolve, scenes, sprites
@@ -200,3 +201,47 @@ def test_the_bundled_world_is_what_its_card_says():
     for name, value in card["sample"].items():
         assert abs(found[name] - value) < 2.5 / evaluate.SAMPLE, (name, found[name], value)
     assert abs(card["named object"] - card["sample"]["named object"]) < 0.25
+
+
+def test_a_killed_training_of_the_world_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
+    """Weights, their average and both optimizers' state come back bit for bit, and views still share their memory."""
+    from alignkit.emoji import fit
+
+    def trained(folder: str, kill_at: int | None) -> dict:
+        monkeypatch.setattr(fit, "WORK_DIR", tmp_path / folder)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(4, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32 * 4, 32))
+
+        def loss_fn(batch, generator):
+            if kill_at is not None and batch["number"] == kill_at:
+                raise KeyboardInterrupt
+            noise = torch.randn(batch["x"].shape, generator=generator)
+            return model(batch["x"] + noise).float().square().mean(), {}
+
+        numbers = iter(range(100))
+
+        def make_batch(rng):
+            return {"x": torch.from_numpy(rng.normal(size=(2, 4, 4, 4)).astype("float32")), "number": next(numbers)}
+
+        fit.fit(
+            "toy",
+            model,
+            loss_fn,
+            make_batch,
+            lambda: None,
+            steps=6,
+            learning_rate=1e-2,
+            seed=1,
+            save_every=2,
+            workers=0,
+        )
+        return fit.load_file(tmp_path / folder / "toy" / "checkpoint.safetensors")
+
+    whole = trained("whole", None)
+    assert any(name.endswith("momentum_buffer") for name in whole)
+    with pytest.raises(KeyboardInterrupt):
+        trained("broken", 4)
+    resumed = trained("broken", None)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name

@@ -5,10 +5,8 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from alignkit.emoji import matching, resolve, scenes, sprites
-from alignkit.emoji.judges import AestheticHead
+from alignkit.emoji import judges, matching, resolve, scenes, sprites
 from alignkit.emoji.reader import Reader, Reading
 
 PRESENT = 0.5  # expected number of a sprite from which it counts as present
@@ -27,19 +25,11 @@ class Evaluator:
 
     @cached_property
     def clip(self):
-        from transformers import CLIPModel
-
-        return CLIPModel.from_pretrained(resolve("emoji/evaluator/clip")).float().eval()
+        return judges.load_clip("evaluator")
 
     @cached_property
-    def tokenizer(self):
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(resolve("emoji/evaluator/clip"))
-
-    @cached_property
-    def head(self) -> AestheticHead:
-        return AestheticHead.from_pretrained(resolve("emoji/evaluator/aesthetic")).float().eval()
+    def head(self) -> judges.AestheticHead:
+        return judges.AestheticHead.from_pretrained(resolve("emoji/evaluator/aesthetic")).float().eval()
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Reading:
@@ -70,15 +60,13 @@ class Evaluator:
         names = list(scenes.BACKGROUNDS)
         return [names[i] for i in self.read(images).background_logits.argmax(1)]
 
-    @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit length, [B, D]."""
-        return F.normalize(self.clip.get_image_features((images - 0.5) / 0.25).pooler_output, dim=-1)
+        return self.clip.embed_images(images)
 
-    @torch.no_grad()
     def embed_texts(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
-        return F.normalize(self.clip.get_text_features(**tokens).pooler_output, dim=-1)
+        """Unit length, [B, D]."""
+        return self.clip.embed_texts(prompts)
 
     def alignment(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine of image and prompt, [B]."""

@@ -1,12 +1,17 @@
-"""Small judges of the emoji world that transformers has no class for: a counter and an aesthetic head.
+"""Small judges of the emoji world that transformers has no class for, a counter and an aesthetic head; and its CLIPs.
 
-Both are plain modules with `save_pretrained(folder)` and `from_pretrained(folder)` (safetensors and config.json). fp16
-weights on disk come back as fp32. `alignkit.rewards` makes rewards of them.
+The two are plain modules with `save_pretrained(folder)` and `from_pretrained(folder)` (safetensors and config.json).
+fp16 weights on disk come back as fp32. `alignkit.rewards` makes rewards of them.
 """
 
+from dataclasses import dataclass
+
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from alignkit.emoji import resolve
 
 
 def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
@@ -63,3 +68,31 @@ class AestheticHead(nn.Module, PyTorchModelHubMixin):
         """L2-normalised image embeddings [B,D] -> scores [B]."""
         # Entries of a unit vector are of order 1/sqrt(D), a linear layer's initialisation expects order 1.
         return self.score(F.gelu(self.hidden(embeddings * self.embedding_dim**0.5))).squeeze(-1)
+
+
+@dataclass
+class Clip:
+    """A contrastive model of one role with its tokenizer, without gradient: what measures, not what is optimised."""
+
+    model: nn.Module
+    tokenizer: object
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, 64, 64] in [0, 1] -> embeddings of unit length [B, D]."""
+        features = self.model.get_image_features(pixel_values=(images - 0.5) / 0.25)
+        return F.normalize(features.pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """B prompts -> embeddings of unit length [B, D]."""
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+
+
+def load_clip(role: str) -> Clip:
+    """The CLIP of a judging role; the evaluator's is of another kind, a ConvNeXt beside the text tower."""
+    from transformers import AutoModel, CLIPTokenizer
+
+    folder = resolve(f"emoji/{role}/clip")
+    return Clip(AutoModel.from_pretrained(folder).float().eval(), CLIPTokenizer.from_pretrained(folder))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from alignkit.emoji import WEIGHTS_DIR, aesthetics, captions, prompts, resolve, scenes, sprites
 from alignkit.emoji.evaluator import Evaluator, matched_counts
 from alignkit.emoji.fit import to_float
+from alignkit.emoji.judges import AestheticHead, DensityCounter, load_clip
 from alignkit.emoji.prompts import Prompt
 
 BATCH_SIZE = 32
@@ -133,23 +134,10 @@ def measure_judges(evaluator: Evaluator, number: int = 512) -> dict[str, float]:
     return figures
 
 
-def clip_of(role: str):
-    from transformers import CLIPModel, CLIPTokenizer
-
-    path = resolve(f"emoji/{role}/clip")
-    return CLIPModel.from_pretrained(path).float().eval(), CLIPTokenizer.from_pretrained(path)
-
-
-def embed(clip, images: Tensor) -> Tensor:
-    return in_batches(lambda x: F.normalize(clip.get_image_features((x - 0.5) / 0.25).pooler_output, dim=-1), images)
-
-
 def retrieval(role: str, images: Tensor, texts: list[str]) -> float:
     """Share of images whose own caption is nearest among 64; captions with the same words count as the same."""
-    clip, tokenizer = clip_of(role)
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    text_embeds = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
-    image_embeds = embed(clip, images)
+    clip = load_clip(role)
+    text_embeds, image_embeds = clip.embed_texts(texts), in_batches(clip.embed_images, images)
     right = []
     for start in range(0, len(texts) - 63, 64):
         nearest = (image_embeds[start : start + 64] @ text_embeds[start : start + 64].T).argmax(1)
@@ -160,8 +148,6 @@ def retrieval(role: str, images: Tensor, texts: list[str]) -> float:
 def aesthetic_correlations(role: str, number: int) -> tuple[float, float, float]:
     """r of the head with the formula, and with mean brightness and saturation, on scenes with and without blur."""
     from dataclasses import replace
-
-    from alignkit.emoji.judges import AestheticHead
 
     rng = np.random.default_rng(99)
     world = scenes.World(kinds={"single": 0.5, "count": 0.2, "pair": 0.3}, with_held_out=True)
@@ -174,7 +160,7 @@ def aesthetic_correlations(role: str, number: int) -> tuple[float, float, float]
             images.append(scenes.render(scene).image)
     images = to_float(np.stack(images))
     head = AestheticHead.from_pretrained(resolve(f"emoji/{role}/aesthetic")).float().eval()
-    scores = head(embed(clip_of(role)[0], images)).numpy()
+    scores = head(in_batches(load_clip(role).embed_images, images)).detach().numpy()
     brightness = images.mean((1, 2, 3)).numpy()
     saturation = ((images.amax(1) - images.amin(1)) / images.amax(1).clamp(min=1e-3)).mean((1, 2)).numpy()
     return tuple(float(np.corrcoef(scores, other)[0, 1]) for other in (truth, brightness, saturation))
@@ -199,8 +185,6 @@ def segmentation_miou(images: Tensor, class_map: Tensor) -> float:
 
 
 def count_density(role: str, images: Tensor) -> Tensor:
-    from alignkit.emoji.judges import DensityCounter
-
     counter = DensityCounter.from_pretrained(resolve(f"emoji/{role}/counter")).float().eval()
     return in_batches(lambda x: counter(x).sum((1, 2, 3)), images)
 

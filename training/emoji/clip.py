@@ -23,39 +23,55 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    ConvNextConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 
 from alignkit.emoji import WEIGHTS_DIR, aesthetics, captions, degrade, fit, scenes, sprites
 from alignkit.emoji.judges import AestheticHead
 
 TOKENIZER = WEIGHTS_DIR / "base" / "tokenizer"
-ROLES = {  # width of text and vision, layers of each, patch size, seed
-    "base": dict(text=160, text_layers=3, vision=192, vision_layers=4, patch=8, seed=21),
-    "training": dict(text=96, text_layers=2, vision=112, vision_layers=4, patch=8, seed=22),
-    "monitor": dict(text=80, text_layers=2, vision=96, vision_layers=4, patch=8, seed=23),
-    "evaluator": dict(text=112, text_layers=2, vision=128, vision_layers=4, patch=8, seed=24),
+ROLES = {  # width of text and vision, layers of each, seed; the evaluator looks through convolutions, not patches
+    "base": dict(text=160, text_layers=3, vision=192, vision_layers=4, seed=21),
+    "training": dict(text=96, text_layers=2, vision=112, vision_layers=4, seed=22),
+    "monitor": dict(text=64, text_layers=2, vision=88, vision_layers=4, seed=23),
+    "evaluator": dict(text=88, text_layers=2, vision=(56, 128), vision_layers=(2, 4), seed=24),
 }
+PATCH = 8  # pixels
 STEPS = {"base": 1500, "training": 1250, "monitor": 1000, "evaluator": 1250}
 BATCH_SIZE = 64
+EMBEDDING_DIM = 128
 
 
-def config(text: int, text_layers: int, vision: int, vision_layers: int, patch: int, seed: int) -> CLIPConfig:
+def build(
+    text: int, text_layers: int, vision: int | tuple, vision_layers: int | tuple
+) -> CLIPModel | VisionTextDualEncoderModel:
+    """A CLIP with a ViT, or with a ConvNeXt where `vision` holds the widths of its stages."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    special = dict(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return CLIPConfig(
-        text_config=CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=text, intermediate_size=4 * text, num_hidden_layers=text_layers,
-            num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu",
-            projection_dim=128, **special,
-        ).to_dict(),
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision, intermediate_size=3 * vision, num_hidden_layers=vision_layers, num_attention_heads=4,
-            image_size=scenes.SIZE, patch_size=patch, hidden_act="gelu", projection_dim=128,
-        ).to_dict(),
-        projection_dim=128,
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=text, intermediate_size=4 * text, num_hidden_layers=text_layers,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu",
+        projection_dim=EMBEDDING_DIM, attn_implementation="eager",  # on a CPU faster than the fused one
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    if isinstance(vision, tuple):
+        convnext = ConvNextConfig(
+            image_size=scenes.SIZE, patch_size=PATCH // 2, num_stages=len(vision), hidden_sizes=list(vision),
+            depths=list(vision_layers), hidden_size=vision[-1],  # where the dual encoder looks for the output's width
+        )  # fmt: skip
+        both = VisionTextDualEncoderConfig.from_vision_text_configs(
+            convnext, text_config, projection_dim=EMBEDDING_DIM, attn_implementation="eager"
+        )
+        return VisionTextDualEncoderModel(both)
+    vision_config = CLIPVisionConfig(
+        hidden_size=vision, intermediate_size=3 * vision, num_hidden_layers=vision_layers, num_attention_heads=4,
+        image_size=scenes.SIZE, patch_size=PATCH, hidden_act="gelu", projection_dim=EMBEDDING_DIM,
+    )  # fmt: skip
+    config = CLIPConfig(
+        text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), projection_dim=EMBEDDING_DIM
+    )
+    return CLIPModel._from_config(config, attn_implementation="eager")
 
 
 def rank(scores: torch.Tensor, beauty: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -68,13 +84,13 @@ def rank(scores: torch.Tensor, beauty: torch.Tensor) -> tuple[torch.Tensor, dict
 
 
 def main(role: str, steps: int) -> None:
-    settings = ROLES[role]
-    torch.manual_seed(settings["seed"])
+    settings = dict(ROLES[role])
+    seed = settings.pop("seed")
+    torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    # on a CPU, eager attention is faster than the fused one
-    clip = CLIPModel._from_config(config(**settings), attn_implementation="eager")
-    name_patches = nn.Linear(settings["vision"], len(sprites.catalogue()) + 1)
-    head = AestheticHead(clip.config.projection_dim)
+    clip = build(**settings)
+    name_patches = nn.Linear(clip.visual_projection.in_features, len(sprites.catalogue()) + 1)
+    head = AestheticHead(EMBEDDING_DIM)
     judge = role != "base"
     # the base's tower sees nothing that is held out, not in a negative either; a judge must read it
     world = scenes.World(overlap=0.2, with_held_out=judge)
@@ -118,9 +134,10 @@ def main(role: str, steps: int) -> None:
         logits = clip.logit_scale.exp().clamp(max=50) * image_embeds @ text_embeds.T  # [B, 2B]
         target = torch.arange(len(logits))
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(logits)].T, target)) / 2
-        patch = settings["patch"]
-        centres = batch["labels"][:, patch // 2 :: patch, patch // 2 :: patch].flatten()
-        names = name_patches(vision.last_hidden_state[:, 1:]).float().flatten(0, 1)
+        centres = batch["labels"][:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].flatten()
+        seen = vision.last_hidden_state  # [B, 1 + patches, D] of a ViT, [B, D, h, w] of a ConvNeXt
+        seen = seen.flatten(2).mT if seen.ndim == 4 else seen[:, 1:]
+        names = name_patches(seen).float().flatten(0, 1)
         weight = torch.where(centres > 0, 1.0, 0.1)
         named = (F.cross_entropy(names, centres, reduction="none") * weight).sum() / weight.sum()
         loss, logs = contrastive + 0.5 * named, {}
@@ -158,7 +175,7 @@ def main(role: str, steps: int) -> None:
         save,
         steps=steps,
         learning_rate=1e-3,
-        seed=settings["seed"],
+        seed=seed,
         weight_decay=0.05,
     )
 

@@ -31,7 +31,7 @@ def build_unet(cross_attention_dim: int) -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=16,
-        attention_head_dim=4,  # diffusers reads this as the number of heads
+        attention_head_dim=(2, 4, 4),  # diffusers reads this as the number of heads; at 16 x 16 more cost a tenth
     )
 
 
@@ -74,7 +74,9 @@ def main(steps: int, warm_start: bool, seed: int = 31) -> None:
         with torch.no_grad():
             prompt_embeds = text_encoder(batch["input_ids"]).last_hidden_state
         noise = torch.randn(x_0.shape, generator=generator)
-        timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(x_0),), generator=generator)
+        # one timestep from each of B equal strata: less noise in the gradient than B independent ones
+        strata = torch.randperm(len(x_0), generator=generator) + torch.rand(len(x_0), generator=generator)
+        timestep = (strata / len(x_0) * scheduler.config.num_train_timesteps).long()
         prediction = compiled(scheduler.add_noise(x_0, noise, timestep), timestep, prompt_embeds).sample.float()
         error = (prediction - noise).square().mean((1, 2, 3))
         snr = alphas_cumprod[timestep] / (1 - alphas_cumprod[timestep])
@@ -92,13 +94,14 @@ def main(steps: int, warm_start: bool, seed: int = 31) -> None:
 
     fit.fit(
         "unet", unet, loss_fn, make_batch, save,
-        steps=steps, learning_rate=8e-4, seed=seed, ema_decay=0.9995, save_every=500, distinct_batches=2000,
+        steps=steps, learning_rate=8e-4, muon_learning_rate=3e-3, seed=seed, ema_decay=0.9995, save_every=500,
+        distinct_batches=3000,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=9500)
     parser.add_argument(
         "--warm_start", action="store_true", help="where there is no checkpoint, from the shipped weights"
     )
