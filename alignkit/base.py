@@ -235,11 +235,12 @@ def load_base(
         raise ValueError(f"config goes with a .safetensors file; {path} is none and has its own configs.")
     if random_init:
         path = ARCHITECTURES.get(path, path)
-    family = _family(config or _config_of_file(path) if single_file else path)
+    configs = (config or _config_of_file(path)) if single_file else path
+    family = _family(configs)
     if random_init:
-        pipe = random_pipeline(path, family, dtype, shrink)
+        pipe = random_pipeline(configs, family, dtype, shrink)
     elif single_file:
-        pipe = _from_single_file(path, family, dtype, config)
+        pipe = _from_single_file(path, family, dtype, configs)
     else:
         pipe = family.pipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **family.options)
     for name, part in pipe.components.items():
@@ -250,10 +251,13 @@ def load_base(
             part.model_max_length = min(part.model_max_length, encoder.config.max_position_embeddings)
     if dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.float()
+    # Refuses a model whose own schedule has no closed form: from its config, DDIM would make another one.
+    is_flow = NoiseSchedule.from_scheduler(pipe.scheduler).is_flow
     # clip_sample is DDIM's default, but a clamp to [-1, 1] is for models of pixels, not of latents.
-    options = {} if family.scheduler.__name__.startswith("FlowMatch") else {"clip_sample": False}
-    scheduler = family.scheduler.from_config(pipe.scheduler.config, **options)
+    scheduler = family.scheduler.from_config(pipe.scheduler.config, **({} if is_flow else {"clip_sample": False}))
     schedule = NoiseSchedule.from_scheduler(scheduler)
+    if schedule.is_flow != is_flow:
+        raise ValueError(f"{path}: expected a schedule that {family.label} has, got {type(pipe.scheduler).__name__}.")
     if family.sigmas_end_at_one_nth:
         schedule = replace(schedule, sigma_range=None)
     return Base(pretrained_model_name_or_path, family, pipe, scheduler, schedule)
@@ -307,7 +311,7 @@ def _config_of_file(path: str) -> str:
     return fetch_diffusers_config(load_tensors(path))["pretrained_model_name_or_path"]
 
 
-def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
+def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str) -> DiffusionPipeline:
     load_tensors(path)  # for its checks
     try:
         pipe = family.pipeline.from_single_file(path, config=config, dtype=dtype, **family.options)

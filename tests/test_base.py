@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,20 @@ def test_any_sampler_of_the_folder_becomes_ddim_on_the_same_schedule(base, folde
     base.scheduler.set_timesteps(25)
     assert base.schedule.timesteps(25).tolist() == base.scheduler.timesteps.tolist()
     assert not base.scheduler.config.clip_sample
+
+
+def test_a_schedule_without_closed_form_is_refused(folder, tmp_path):
+    """DDIM would take the config of either for one of its own."""
+    for name, message in (
+        ("EDMEulerScheduler", "no alphas_cumprod"),
+        ("FlowMatchEulerDiscreteScheduler", "expected a"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / name)
+        index = json.loads((copy / "model_index.json").read_text())
+        (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+        (copy / "scheduler" / "scheduler_config.json").write_text("{}")
+        with pytest.raises(ValueError, match=message):
+            load_base(str(copy))
 
 
 def test_wrong_names_and_families_are_refused_at_once(tmp_path):

@@ -153,9 +153,8 @@ def train(cfg: Config) -> Path:
         random_init=cfg.random_init,
         shrink=cfg.shrink,
     )
-    if (
-        run.device.type == "cpu" and base.family.network == "unet"
-    ):  # there, the fused attention's backward takes twice the time of the plain one's
+    if run.device.type == "cpu" and base.family.network == "unet":
+        # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
