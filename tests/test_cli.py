@@ -149,8 +149,8 @@ def test_commands_can_be_registered_and_grouped(monkeypatch):
         seen.append((folder, strict, list(column)))
 
     monkeypatch.setitem(cli.COMMANDS, "data", {"check": check})
-    cli.main(["data", "check", "--folder", "a", "--column", "x", "--column", "y"])
-    cli.main(["data", "check", "--folder", "b", "--strict", "true"])
+    cli.main(["data", "check", "a", "--column", "x", "--column", "y"])
+    cli.main(["data", "check", "b", "--strict", "true"])
     assert seen == [("a", False, ["x", "y"]), ("b", True, [])]
 
 

@@ -477,7 +477,8 @@ def test_every_condition_trains(config, tmp_path, kind):
         args = {"model": save_estimator(tmp_path / "judge")}
     cfg = config(
         condition=ConditionConfig(kind, args), train_data_dir="emoji", max_train_steps=2, reward_timesteps=[0, 300],
-        train_batch_size=1, gradient_accumulation_steps=3, resolution=24, num_validation_images=2,
+        train_batch_size=1, gradient_accumulation_steps=3, resolution=32, num_validation_images=2,
+        pretrained_model_name_or_path="emoji", shrink=8,
     )  # fmt: skip
     assert all(math.isfinite(event["loss"]) for event in scalars(train(cfg)))
 
