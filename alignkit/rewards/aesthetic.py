@@ -49,7 +49,9 @@ def load_head(path: str) -> tuple[nn.Module, int]:
         ValueError: a pickle, or a file that holds no head.
     """
     if path.endswith((".pth", ".pt", ".bin", ".ckpt")):
-        raise ValueError(f"expected a folder or .safetensors file, got the pickle {path}: `alignkit convert checkpoint` it first.")
+        raise ValueError(
+            f"expected a folder or .safetensors file, got the pickle {path}: `alignkit convert checkpoint` it first."
+        )
     if path.endswith(".safetensors"):
         head = collapse(load_file(path))
         return frozen(head), head.in_features

@@ -52,7 +52,7 @@ class HPSv2(Alignment):
     cropped: the longest side becomes 224 and the rest black, as in the authors' evaluation.
 
     Args:
-        weights: `HPS_v2_compressed` or `HPS_v2.1_compressed` as `.safetensors` (`alignkit convert checkpoint` makes it).
+        weights: `HPS_v2_compressed` or `HPS_v2.1_compressed` as `.safetensors`: `alignkit convert checkpoint`.
         architecture: of open_clip.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel, VisionTextDualEncoderModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from alignkit.artifacts import load_tensors
@@ -57,7 +57,9 @@ class Encoder(nn.Module):
 
 
 class ClipEncoder(Encoder):
-    """A frozen `transformers` CLIPModel or SiglipModel with its tokenizer (Radford et al. 2021, arXiv 2103.00020).
+    """A frozen CLIPModel, SiglipModel or VisionTextDualEncoderModel of `transformers` with its tokenizer.
+
+    Radford et al. 2021, arXiv 2103.00020.
 
     How images are resized and normalised comes from the folder's `preprocessor_config.json`, or is the model's usual.
 
@@ -68,7 +70,11 @@ class ClipEncoder(Encoder):
     def __init__(self, path: str):
         super().__init__()
         config = AutoConfig.from_pretrained(path)
-        kinds = {"clip": CLIPModel, "siglip": SiglipModel}
+        kinds = {
+            "clip": CLIPModel,
+            "siglip": SiglipModel,
+            "vision-text-dual-encoder": VisionTextDualEncoderModel,  # any vision model beside a text tower
+        }
         if config.model_type not in kinds:
             raise ValueError(f"{path}: expected one of {', '.join(kinds)} by model_type, got {config.model_type!r}.")
         self.is_siglip = config.model_type == "siglip"
