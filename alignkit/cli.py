@@ -390,3 +390,7 @@ def _check_world() -> list[str]:
     except FileNotFoundError as error:
         return [str(error)]
     return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""A Stable Diffusion of a few thousand parameters, as a folder of configs for `load_base(folder, random_init=True)`."""
+"""A text-to-image model of a few thousand parameters, to be loaded with `random_init`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from transformers import CLIPTextConfig
 
 
 def save_tiny_model(folder: Path) -> str:
-    """16 x 16 pixels, cross-attention in down_blocks.0, mid_block and up_blocks.1, 40 tokens of a byte each."""
+    """A diffusers folder of configs: latents of 8 x 8 with a VAE factor of 2, 40 tokens."""
     UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -15,7 +15,7 @@ def save_tiny_model(folder: Path) -> str:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
-        attention_head_dim=2,
+        attention_head_dim=8,
         norm_num_groups=4,
     ).save_config(folder / "unet")
     AutoencoderKL(
@@ -30,7 +30,7 @@ def save_tiny_model(folder: Path) -> str:
         hidden_size=16,
         intermediate_size=16,
         num_attention_heads=2,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         max_position_embeddings=40,
         projection_dim=16,
     ).save_pretrained(folder / "text_encoder")
