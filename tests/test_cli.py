@@ -81,10 +81,12 @@ def test_a_mixture_draws_what_its_loras_draw_together(model, tmp_path):
 
 def test_convert(tmp_path):
     torch.save({"state_dict": {"weight": torch.arange(3.0)}}, tmp_path / "model.pt")
-    cli.main(["convert", "--source", f"{tmp_path}/model.pt", "--target", f"{tmp_path}/model.safetensors"])
+    cli.main(["convert", "checkpoint", "--source", f"{tmp_path}/model.pt", "--target", f"{tmp_path}/model.safetensors"])
     assert artifacts.load_tensors(tmp_path / "model.safetensors")["weight"].tolist() == [0, 1, 2]
     with pytest.raises(SystemExit, match="new .safetensors file"):
-        cli.main(["convert", "--source", f"{tmp_path}/model.pt", "--target", f"{tmp_path}/model.safetensors"])
+        cli.main(
+            ["convert", "checkpoint", "--source", f"{tmp_path}/model.pt", "--target", f"{tmp_path}/model.safetensors"]
+        )
 
 
 def test_lora_weights(model):

@@ -201,7 +201,7 @@ def test_the_loss_is_the_mean_squared_error_where_the_mask_is_white(config, imag
         def forward(self, x_t, timestep, contexts):
             return type("Output", (), {"sample": torch.zeros_like(x_t)})
 
-    base.unet = Zero()
+    base.pipe.register_modules(unet=Zero())
     loss = denoising_loss(base, batch, contexts)
     where = (batch.weight > 0).expand_as(batch.noise)
     expected = torch.stack([n[w].square().mean() for n, w in zip(batch.noise, where, strict=True)])

@@ -31,7 +31,7 @@ ARMS = {
     "aesthetic + alignment": ("emoji_sum", {}, "singles"),
     "control: detached reward": (
         "emoji",
-        {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic", "loss": "hinge", "target": 3.0}]'},
+        {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic", "loss": "hinge", "target": 2.2}]'},
         "singles",
     ),
     "control: shuffled prompts": (

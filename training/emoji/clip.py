@@ -9,6 +9,7 @@ embedding also has to rank pairs of pictures by the aesthetic formula; the head 
 """
 
 from argparse import ArgumentParser
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +40,7 @@ ROLES = {  # width of text and vision, layers of each, seed; the evaluator looks
     "evaluator": dict(text=88, text_layers=2, vision=(56, 128), vision_layers=(2, 4), seed=24),
 }
 PATCH = 8  # pixels
-STEPS = {"base": 1500, "training": 1250, "monitor": 1000, "evaluator": 1250}
+STEPS = {"base": 1500, "training": 1250, "monitor": 700, "evaluator": 900}
 BATCH_SIZE = 64
 EMBEDDING_DIM = 128
 
@@ -81,6 +82,21 @@ def rank(scores: torch.Tensor, beauty: torch.Tensor) -> tuple[torch.Tensor, dict
     better = (beauty[:, None] - beauty[None]) > 0.2
     loss = F.softplus(scores[None] - scores[:, None])[better].mean()
     return loss, {"aesthetic_r": torch.corrcoef(torch.stack([scores.detach(), beauty]))[0, 1].item()}
+
+
+@torch.no_grad()
+def standardised(head: AestheticHead, clip: nn.Module, number: int = 512) -> AestheticHead:
+    """A copy whose scores have mean 0 and standard deviation 1 over scenes: pairs teach an order, but no scale."""
+    rng = np.random.default_rng(20)
+    world = scenes.World(with_held_out=True)
+    drawn = [replace(world.draw(rng), blur=aesthetics.sample_blur(rng)) for _ in range(number)]
+    images = fit.to_float(np.stack([scenes.render(scene).image for scene in drawn]))
+    embeds = clip.get_image_features(pixel_values=(images - 0.5) / 0.25).pooler_output
+    scores = head(F.normalize(embeds, dim=-1))
+    head = deepcopy(head)
+    head.score.weight.div_(scores.std())
+    head.score.bias.sub_(scores.mean()).div_(scores.std())
+    return head
 
 
 def main(role: str, steps: int) -> None:
@@ -164,7 +180,7 @@ def main(role: str, steps: int) -> None:
             CLIPImageProcessor(
                 size={"shortest_edge": scenes.SIZE}, crop_size=scenes.SIZE, image_mean=[0.5] * 3, image_std=[0.25] * 3
             ).save_pretrained(folder)
-            fit.halves(head).save_pretrained(WEIGHTS_DIR / role / "aesthetic")
+            fit.halves(standardised(head, clip)).save_pretrained(WEIGHTS_DIR / role / "aesthetic")
 
     parts = {"clip": clip, "name_patches": name_patches} | ({"head": head} if judge else {})
     fit.fit(

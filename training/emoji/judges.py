@@ -285,7 +285,7 @@ def train(
 
 JUDGES = {  # function, widths, seed, steps
     "training/counter": (counter, (24, 48, 72), 41, 1000),
-    "training/segmenter": (segmenter, (24, 40, 64, 96), 42, 2500),
+    "training/segmenter": (segmenter, (24, 40, 64, 96), 42, 1300),
     "evaluator/reader": (reader, (32, 80, 144), 43, 4000),
     "identity/reader": (identity, (24, 64, 112), 44, 1500),
     "training/depth": (depth, (16, 32, 48, 64), 46, 1500),
