@@ -571,6 +571,8 @@ def test_configs_dry_run(path, data, tmp_path, monkeypatch, capsys):
     assert f"training/controlnetpp.py --config {path.relative_to(ROOT)}" in path.read_text()
     small = ["--dry_run", "--random_init", "--shrink", "40", "--resolution", "32", "--train_batch_size", "1"]
     small += ["--gradient_accumulation_steps", "1", "--num_inference_steps", "2", "--num_validation_images", "1"]
+    # in bfloat16 on a CPU, networks this narrow have now and then a gradient of NaN; the trainer stops there, rightly
+    small += ["--mixed_precision", "no"]
     cfg = parse(Config, ["--config", str(path), *small, "--output_dir", str(tmp_path / "run")])
     cfg.monitors = []
     if cfg.condition.name == "segmentation":

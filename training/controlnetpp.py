@@ -169,6 +169,7 @@ def train(cfg: Config) -> Path:
         cfg.pretrained_model_name_or_path,
         dtype=run.weight_dtype,
         device=run.device,
+        config=cfg.base_config,
         random_init=cfg.random_init,
         shrink=cfg.shrink,
     )
