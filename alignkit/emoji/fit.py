@@ -72,6 +72,7 @@ def fit(
     learning_rate: float,
     seed: int,
     muon_learning_rate: float = 2e-3,
+    cooldown: float = 0.25,
     weight_decay: float = 1e-2,
     ema_decay: float = 0.999,
     save_every: int = 250,
@@ -81,7 +82,8 @@ def fit(
     """Train `model` to `steps` and, on the way and at the end, `save()` with its averaged weights in place.
 
     Run again, it continues from its last checkpoint in runs/world/<name>; with a larger `steps` it trains on.
-    `loss_fn(batch, generator)` returns the loss and what to log; it runs under bf16 autocast.
+    `loss_fn(batch, generator)` returns the loss and what to log; it runs under bf16 autocast. Over the last `cooldown`
+    share of the steps the learning rates fall to zero.
 
     Hidden weights learn by Muon (Jordan et al. 2024), scaled to AdamW's step sizes (Liu et al. 2025, eq. 4), the others
     by AdamW with `learning_rate`: the U-Net's loss after 400 steps of AdamW was reached in some 250.
@@ -117,7 +119,7 @@ def fit(
     model.train()
     for step, batch in enumerate(loader, start=first):
         for optimizer, peak in ((muon, muon_learning_rate), (adamw, learning_rate)):
-            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps)
+            optimizer.param_groups[0]["lr"] = peak * trapezoid(step, steps, cooldown=cooldown)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, logs = loss_fn(batch, torch.Generator().manual_seed(seed * 1_000_003 + step))
         if not torch.isfinite(loss):

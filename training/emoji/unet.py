@@ -95,14 +95,14 @@ def main(steps: int, warm_start: bool, seed: int = 31) -> None:
     # a short average: one over 2,000 steps lagged behind the falling learning rate and drew worse than the last weights
     fit.fit(
         "unet", unet, loss_fn, make_batch, save,
-        steps=steps, learning_rate=8e-4, muon_learning_rate=3e-3, seed=seed, ema_decay=0.99, save_every=500,
+        steps=steps, learning_rate=6e-4, muon_learning_rate=2e-3, cooldown=0.5, seed=seed, ema_decay=0.99, save_every=500,
         distinct_batches=3000,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=9500)
+    parser.add_argument("--steps", type=int, default=19_000)
     parser.add_argument(
         "--warm_start", action="store_true", help="where there is no checkpoint, from the shipped weights"
     )
