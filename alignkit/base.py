@@ -236,7 +236,7 @@ def load_base(
     if random_init:
         path = ARCHITECTURES.get(path, path)
     configs = (config or _config_of_file(path)) if single_file else path
-    family = _family(configs)
+    family = family_of(configs)
     if random_init:
         pipe = random_pipeline(configs, family, dtype, shrink)
     elif single_file:
@@ -331,7 +331,8 @@ def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str
     return pipe
 
 
-def _family(path: str) -> Family:
+def family_of(path: str) -> Family:
+    """Of a diffusers folder or a name on the Hub, by its model_index.json. Raises as `load_base`."""
     problem = (
         f"No base model {path!r}: expected 'emoji', a diffusers folder (with model_index.json) or a Hub OWNER/NAME."
     )

@@ -173,6 +173,22 @@ def convert(source: str, target: str) -> None:
     print(target)
 
 
+def convert_lora(folder: str, out: str, format: Literal["kohya", "diffusers"] = "kohya", model: str = "emoji") -> Path:
+    """Write a LoRA in the names of kohya's scripts, as ComfyUI and A1111 read it, or in those of diffusers.
+
+    Args:
+        folder: Folder or safetensors file of the LoRA, in either's names.
+        out: The .safetensors file to write (kohya), or the folder to put it in (diffusers).
+        format: Whose names to write.
+        model: The base model it was made for: "emoji", sd15, sd21, sdxl, a folder in diffusers format, a Hub name.
+    """
+    from alignkit.lora_formats import convert_lora
+
+    path = convert_lora(folder, out, format, model)
+    print(path)
+    return path
+
+
 def mix(
     lora: Sequence[str], output_dir: str, model: str = "emoji", how: Literal["updates", "factors"] = "updates"
 ) -> None:
@@ -205,7 +221,7 @@ COMMANDS: dict[str, Callable | dict] = {
         "manipulation": evaluate.manipulation,
         "personalization": personalization.evaluate,
     },
-    "convert": {"checkpoint": convert, "neti": convert_neti},
+    "convert": {"checkpoint": convert, "lora": convert_lora, "neti": convert_neti},
     "mix": mix,
 }
 
@@ -244,8 +260,8 @@ def _add_commands(parser, commands: dict[str, Callable | dict]) -> None:
 def _add_options(parser, command: Callable) -> None:
     # jsonargparse takes a list as one value; on a command line one repeats the option.
     repeatable = {n for n, p in inspect.signature(command).parameters.items() if get_origin(p.annotation) is Sequence}
-    positional = {"folder"} & set(inspect.signature(command).parameters)
-    parser.add_function_arguments(command, as_group=False, skip=repeatable | positional)
+    positional = [name for name in ("folder", "out") if name in inspect.signature(command).parameters]
+    parser.add_function_arguments(command, as_group=False, skip=repeatable | {*positional})
     texts = {p.arg_name: p.description for p in _documentation(command).params}
     for name in positional:
         parser.add_argument(name, help=texts[name])

@@ -1,0 +1,173 @@
+"""LoRA files in diffusers' and kohya's names: the same updates of the same weights, as stock diffusers reads them."""
+
+import json
+
+import pytest
+import torch
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from alignkit.artifacts import LORA_WEIGHTS, load_lora, save_lora
+from alignkit.base import add_lora, load_base
+from alignkit.cli import main
+from alignkit.lora_formats import PARTS, _kohya_name, _unet_of, convert_lora
+from tests.test_families import thin
+
+ENDS = {
+    "unet": ("attn2.to_q", "attn1.to_out.0", "ff.net.0.proj", "attentions.0.proj_in"),
+    "text": ("q_proj", "out_proj", "mlp.fc1"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Configs of one layer where the models have many, at a fortieth of their widths."""
+    folders = {name: thin(name, tmp_path_factory.mktemp(name)) for name in ("sd15", "sdxl", "flux")}
+    for name in ("sd15", "sdxl"):
+        pipe = load_base(folders[name], random_init=True, shrink=40).pipe
+        for part, model in parts_of(pipe).items():
+            (model.save_config if part == "unet" else model.config.save_pretrained)(f"{folders[name]}/{part}")
+        pipe.vae.save_config(f"{folders[name]}/vae")
+    return folders
+
+
+def pipeline(folder: str):
+    return load_base(folder, random_init=True).pipeline()
+
+
+def parts_of(pipe) -> dict[str, torch.nn.Module]:
+    return {part: getattr(pipe, part) for part in PARTS if getattr(pipe, part, None) is not None}
+
+
+def write_lora(pipe, folder, alpha: float | None = None) -> dict[str, torch.Tensor]:
+    """A LoRA of rank 2 of U-Net and text encoders in diffusers' names; the updates that it means, by layer.
+
+    With `alpha` in the header, as diffusers writes it; folded otherwise.
+    """
+    generator, tensors, updates, header = torch.Generator().manual_seed(0), {}, {}, {}
+    for part, model in parts_of(pipe).items():
+        ends = ENDS["unet" if part == "unet" else "text"]
+        for name, module in model.named_modules():
+            if not name.endswith(ends) or getattr(module, "weight", None) is None:
+                continue
+            weight = module.weight
+            down = torch.randn(2, *weight.shape[1:], generator=generator)
+            up = torch.randn(len(weight), 2, *[1] * (weight.ndim - 2), generator=generator)
+            classic = name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+            lora = "lora" if part == "unet" else "lora_linear_layer"
+            tensors |= {f"{part}.{classic}.{lora}.down.weight": down, f"{part}.{classic}.{lora}.up.weight": up}
+            updates[f"{part}.{classic}"] = (alpha or 2) / 2 * (up.flatten(1) @ down.flatten(1))
+        header |= {f"{part}.r": 2, f"{part}.lora_alpha": alpha}
+    folder.mkdir(exist_ok=True)
+    metadata = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(header)} if alpha else {})
+    save_file(tensors, folder / LORA_WEIGHTS, metadata)
+    return updates
+
+
+def updates_of(pipe) -> dict[str, torch.Tensor]:
+    """What the loaded adapter adds to each weight."""
+    found = {}
+    for part, model in parts_of(pipe).items():
+        for name, module in model.named_modules():
+            for adapter, down in getattr(module, "lora_A", {}).items():
+                name = name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+                up = module.lora_B[adapter].weight.flatten(1)
+                found[f"{part}.{name}"] = module.scaling[adapter] * up @ down.weight.flatten(1)
+    return found
+
+
+def assert_updates(one, two) -> None:
+    assert one.keys() == two.keys() and one
+    for name, update in one.items():
+        torch.testing.assert_close(update, two[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_stock_diffusers_reads_the_same_updates_from_kohyas_names_and_back(name, alpha, folders, tmp_path):
+    pipe = pipeline(folders[name])
+    expected = write_lora(pipe, tmp_path / "lora", alpha)
+    assert {layer.partition(".")[0] for layer in expected} == parts_of(pipe).keys()
+    kohya = convert_lora(tmp_path / "lora", tmp_path / "kohya.safetensors", "kohya", folders[name])
+    tensors = load_file(kohya)
+    assert {float(tensors[key]) for key in tensors if key.endswith(".alpha")} == {alpha or 2.0}
+    pipe.load_lora_weights(kohya)
+    assert_updates(updates_of(pipe), expected)
+
+    pipe.unload_lora_weights()
+    back = convert_lora(kohya, tmp_path / "back", "diffusers", folders[name])
+    assert back == tmp_path / "back" / LORA_WEIGHTS
+    pipe.load_lora_weights(tmp_path / "back")
+    assert_updates(updates_of(pipe), expected)
+    if alpha is None:  # then nothing was folded, and not a bit has changed
+        original = load_file(tmp_path / "lora" / LORA_WEIGHTS)
+        assert original.keys() == load_file(back).keys()
+        assert all(torch.equal(tensor, original[key]) for key, tensor in load_file(back).items())
+
+
+def test_names_are_those_of_diffusers_own_converter(folders, tmp_path):
+    """Which knows the U-Net of SD 1.x, but takes alpha = rank."""
+    network = load_base(folders["sd15"], random_init=True).network
+    for parameter in add_lora(network, 4, 8, ["to_q", "to_out.0"]).values():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    save_lora(tmp_path, network)
+    main(["convert", "lora", str(tmp_path), str(tmp_path / "kohya.safetensors"), "--model", folders["sd15"]])
+    ours = load_file(tmp_path / "kohya.safetensors")
+    theirs = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(load_file(tmp_path / LORA_WEIGHTS)))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key].to(ours[key])) for key in ours)
+    with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_dim"] == "4" and file.metadata()["ss_network_alpha"] == "4.0"
+    fresh = load_base(folders["sd15"], random_init=True).network
+    load_lora(fresh, tmp_path / "kohya.safetensors")
+    one, two = (
+        {name: module.scaling[a] * module.lora_B[a].weight @ module.lora_A[a].weight for name, module in
+         net.named_modules() for a in getattr(module, "lora_A", {})} for net in (network, fresh)
+    )  # fmt: skip
+    assert_updates(one, two)
+
+
+def test_sdxls_blocks_are_numbered_as_in_the_original_code():
+    """Row of the original: conv_in 0, (resnet, resnet, downsampler) 1 to 3, block 1 from 4 on, block 2 from 7 on."""
+    unet = _unet_of("sdxl")
+    for module, expected in {
+        "down_blocks.1.attentions.0.proj_in": "input_blocks_4_1_proj_in",
+        "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.2": "input_blocks_8_1_transformer_blocks_9_ff_net_2",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2": "middle_block_1_transformer_blocks_0_ff_net_2",
+        "up_blocks.0.attentions.2.proj_out": "output_blocks_2_1_proj_out",
+        "up_blocks.1.attentions.0.proj_out": "output_blocks_3_1_proj_out",
+    }.items():
+        assert module in unet.layers and _kohya_name(f"unet.{module}", unet) == f"lora_unet_{expected}"
+    te = "text_model.encoder.layers.3.mlp.fc2"
+    assert _kohya_name(f"text_encoder_2.{te}", unet) == "lora_te2_text_model_encoder_layers_3_mlp_fc2"
+    assert _kohya_name(f"text_encoder.{te}", unet) == "lora_te1_text_model_encoder_layers_3_mlp_fc2"
+
+
+def test_what_is_refused(folders, tmp_path):
+    write_lora(pipeline(folders["sd15"]), tmp_path / "sd")
+    kohya = tmp_path / "kohya.safetensors"
+
+    def convert(source, target, format="kohya", model=folders["sd15"]):
+        return convert_lora(source, target, format, model)
+
+    with pytest.raises(ValueError, match="does not fit this base model.*Name the base"):
+        convert(tmp_path / "sd", kohya, model=folders["sdxl"])
+    with pytest.raises(ValueError, match="family FLUX.1; kohya's names are known here for"):
+        convert(tmp_path / "sd", kohya, model=folders["flux"])
+    with pytest.raises(ValueError, match="new .safetensors file"):
+        convert(tmp_path / "sd", tmp_path / "folder")
+    with pytest.raises(ValueError, match="is there already"):
+        convert(tmp_path / "sd", tmp_path / "sd", "diffusers")
+    assert not kohya.exists()
+    tensors = load_file(convert(tmp_path / "sd", kohya))
+    some = next(key for key in tensors if key.endswith("lora_up.weight"))
+    for extra, message in [
+        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(1)}, "has no layer lora_unet_nowhere"),
+        ({some.replace("lora_up", "hada_w1_a"): torch.zeros(1)}, "not plain LoRA"),
+    ]:
+        save_file(tensors | extra, tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "odd.safetensors", tmp_path / "out", "diffusers")
+    save_file({k: t for k, t in tensors.items() if k != some}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="expected lora_down and lora_up"):
+        convert(tmp_path / "odd.safetensors", tmp_path / "out", "diffusers")
