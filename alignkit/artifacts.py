@@ -449,10 +449,12 @@ def write_card(
     pictures: Sequence[str | os.PathLike] = (),
     tags: Sequence[str] = (),
     license: str | None = None,
+    instance_prompt: str | None = None,
 ) -> Path:
     """Writes the model card `folder/README.md`: description, pictures (copied), curves.png of `events`, config.
 
-    Needs no network. `base_model` goes into the card's metadata as it is; `license` should be the base model's.
+    Needs no network. `base_model` goes into the card's metadata as it is, `license` is what the base's own card says
+    where it lies beside its weights, unless given; `instance_prompt` is the phrase that calls for a learned concept.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -472,10 +474,60 @@ def write_card(
         base_model=base_model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license=license,
+        license=license or _license_of(base_model),
         tags=["text-to-image", "diffusers", "alignkit", *tags],
+        instance_prompt=instance_prompt,
     )
     body = "\n\n".join(parts)
     with atomic(folder / "README.md") as temporary:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(temporary)
     return folder / "README.md"
+
+
+def _license_of(base_model: str) -> str | None:
+    """What the card in the base's own folder says."""
+    from huggingface_hub import ModelCard
+
+    card = Path(base_model) / "README.md"
+    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+
+
+# The Hub
+
+# Of a run's folder: what resumes or watches the run, and the user's own pictures.
+NOT_PUSHED = ["checkpoint-*/**", ".lock", ".tmp-*", "events.jsonl", "samples/**", "class_images/**", "steps/**"]
+
+
+def check_hub_login() -> None:
+    """ValueError where a push would fail for want of a token. Asks nobody."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise ValueError("push_to_hub: expected to be logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def push_to_hub(folder: str | os.PathLike, hub_model_id: str | None = None, ignore: Sequence[str] = ()) -> str:
+    """Uploads a finished run's artifact and card to the Hub, to a repository that is made if need be; returns its URL.
+
+    `hub_model_id`: OWNER/NAME, or NAME among one's own; null takes the folder's name. The token is the one of
+    `hf auth login` or HF_TOKEN: no config or log ever holds it. `ignore`: further patterns that stay here.
+
+    Raises:
+        OSError: the Hub refuses or is not to be reached; the folder is untouched.
+    """
+    from huggingface_hub import HfApi
+
+    folder, api = Path(folder), HfApi()
+    try:
+        repo = api.create_repo(hub_model_id or folder.resolve().name, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            commit_message="Trained with alignkit",
+            ignore_patterns=[*NOT_PUSHED, *ignore],
+        )
+    except Exception as error:  # of whatever library the Hub's client speaks HTTP with
+        raise OSError(
+            f"{folder} is finished, but could not be pushed to the Hub: {error}. The same command tries it again"
+        ) from error
+    return str(repo)

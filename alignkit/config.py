@@ -75,6 +75,8 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the frozen parts; what is trained stays float32."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy", "adafactor", "diffgrad"] = "adamw"
+    """adamw_8bit needs bitsandbytes; prodigy (with learning_rate 1), adafactor and diffgrad pytorch_optimizer."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
@@ -82,13 +84,13 @@ class RunConfig:
     lr_warmup_steps: int = 0
     """Updates over which the learning rate rises linearly from 0."""
     adam_beta1: float = 0.9
-    """AdamW: decay of the first moment."""
+    """Of every optimizer but adafactor: decay of the first moment."""
     adam_beta2: float = 0.999
-    """AdamW: decay of the second moment."""
+    """Of every optimizer: decay of the second moment."""
     adam_weight_decay: float = 1e-2
-    """AdamW: decoupled weight decay."""
+    """Of every optimizer: decoupled weight decay."""
     adam_epsilon: float = 1e-8
-    """AdamW: epsilon."""
+    """Of every optimizer but adafactor: epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this L2 norm over all trained parameters."""
     use_ema: bool = False
@@ -105,7 +107,12 @@ class RunConfig:
     validation_steps: int = free(100)
     """Validate every so many updates, and at the end; 0 means never."""
     report_to: str = free("tensorboard")
-    """"tensorboard", another tracker of accelerate, or "none". events.jsonl is always written."""
+    """"tensorboard", "wandb", "comet_ml" or another tracker of accelerate, "all" that are installed, or "none".
+    events.jsonl is always written."""
+    push_to_hub: bool = free(False)
+    """Upload the finished folder, without checkpoints and samples, with the token of `hf auth login` or HF_TOKEN."""
+    hub_model_id: str | None = free(None)
+    """Repository to push to: OWNER/NAME, or NAME among one's own; null takes the name of output_dir."""
 
     def __post_init__(self):
         for name in (
@@ -125,6 +132,22 @@ class RunConfig:
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         limit = self.checkpoints_total_limit
         _require(limit is None or limit >= 1, "checkpoints_total_limit", "at least 1, or null", limit)
+
+
+@dataclass
+class DiffusionConfig(RunConfig):
+    """What trainers share whose loss is the network's error on noised images."""
+
+    snr_gamma: float | None = None
+    """Weigh timesteps by min(SNR, this) as a loss in x_0 would (Hang et al. 2023, arXiv 2303.09556): 5 there; null
+    weighs all alike."""
+    noise_offset: float = 0.0
+    """Add this much noise that is the same over a whole channel, to learn very dark and bright images; 0.1 is usual."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", "above 0, or null", self.snr_gamma)
+        _require(self.noise_offset >= 0, "noise_offset", "at least 0", self.noise_offset)
 
 
 def _require(ok: bool, name: str, expected: str, value: Any) -> None:

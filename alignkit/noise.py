@@ -14,6 +14,7 @@ for one step in the middle of a chain. A diffusers scheduler allows none of the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,16 @@ class NoiseSchedule:
         alpha, sigma = self.alpha_sigma(timestep)
         return (alpha / sigma) ** 2
 
+    def min_snr_weight(self, timestep: int | Tensor, gamma: float) -> Tensor:
+        """Min-SNR-gamma, Hang et al. 2023, arXiv 2303.09556: what makes the squared error of the model's output the
+        squared error in x_0 times min(SNR, gamma). float64, shaped like the timestep.
+
+        For epsilon min(SNR, gamma) / SNR, for v (section 3.4) min(SNR, gamma) / (SNR + 1).
+        """
+        alpha, sigma = self.alpha_sigma(timestep)
+        x_0_per_output = sigma / alpha if self.prediction_type == "epsilon" else sigma
+        return self.snr(timestep).clamp(max=gamma) * x_0_per_output**2
+
     def timestep_from_snr(self, snr: float | Tensor) -> Tensor:
         """The timestep whose SNR is (for integer timesteps: in logarithm, nearest to) `snr`; shaped like it."""
         snr = torch.as_tensor(snr, dtype=torch.float64)
@@ -229,25 +240,74 @@ class NoiseSchedule:
         evaluated at. For a flow model at eta 0 this is the Euler step x_t + (sigma_prev - sigma_t) v.
         `eta` > 0 needs `noise`, drawn by the caller: 1 is DDPM's ancestral step.
         """
+        mean, std = self.ddim_mean_std(x_t, model_output, timestep, prev_timestep, eta)
+        if eta == 0:
+            return mean
+        if noise is None:
+            raise ValueError(f"eta {eta} needs noise of the shape of x_t, {list(x_t.shape)}; got None.")
+        _same_shape(noise=noise, x_t=x_t)
+        return mean + _expand(std, x_t) * noise
+
+    def ddim_mean_std(
+        self,
+        x_t: Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        prev_timestep: int | Tensor | None,
+        eta: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(mean [B, ...], standard deviation, as `ddim_std`) of the normal distribution that x_prev is drawn from."""
         x_0 = self.predict_x_0(model_output, x_t, timestep)
         predicted_noise = self.predict_noise(model_output, x_t, timestep)
-        (alpha, sigma), (alpha_prev, sigma_prev) = self.alpha_sigma(timestep), self.alpha_sigma(prev_timestep)
-        std = torch.zeros_like(sigma)
-        if eta > 0:
-            # eq. 16 for any alpha and sigma: with alpha^2 + sigma^2 = 1 the root is sqrt(1 - abar_t / abar_prev)
-            std = eta * sigma_prev / sigma * (sigma**2 - (alpha / alpha_prev * sigma_prev) ** 2).clamp(min=0).sqrt()
+        alpha_prev, sigma_prev = self.alpha_sigma(prev_timestep)
+        std = self.ddim_std(timestep, prev_timestep, eta)
         direction = (sigma_prev**2 - std**2).clamp(min=0).sqrt()
-        x_prev = _expand(alpha_prev, x_t) * x_0 + _expand(direction, x_t) * predicted_noise
-        if eta > 0:
-            if noise is None:
-                raise ValueError(f"eta {eta} needs noise of the shape of x_t, {list(x_t.shape)}; got None.")
-            _same_shape(noise=noise, x_t=x_t)
-            x_prev = x_prev + _expand(std, x_t) * noise
-        return x_prev
+        return _expand(alpha_prev, x_t) * x_0 + _expand(direction, x_t) * predicted_noise, std
+
+    def ddim_std(self, timestep: int | Tensor, prev_timestep: int | Tensor | None, eta: float) -> Tensor:
+        """Standard deviation of the noise of a step; float64, shaped like the timestep. 0 where the step has none."""
+        (alpha, sigma), (alpha_prev, sigma_prev) = self.alpha_sigma(timestep), self.alpha_sigma(prev_timestep)
+        if eta == 0:
+            return torch.zeros_like(sigma)
+        # eq. 16 for any alpha and sigma: with alpha^2 + sigma^2 = 1 the root is sqrt(1 - abar_t / abar_prev)
+        return eta * sigma_prev / sigma * (sigma**2 - (alpha / alpha_prev * sigma_prev) ** 2).clamp(min=0).sqrt()
+
+    def ddim_log_prob(
+        self,
+        x_prev: Tensor,
+        x_t: Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        prev_timestep: int | Tensor | None,
+        eta: float = 1.0,
+    ) -> Tensor:
+        """log p(x_prev | x_t), the density of a step with noise, [B]: the sum over all numbers of a sample.
+
+        DDPO, Black et al. 2023, section 4.3: x_t -> x_prev is the policy of a Markov decision process.
+
+        Raises:
+            ValueError: the step has no noise, so that x_prev has no density: eta is 0, or it is the last step of a
+                schedule that ends at 0 noise.
+        """
+        _same_shape(x_prev=x_prev, x_t=x_t)
+        mean, std = self.ddim_mean_std(x_t, model_output, timestep, prev_timestep, eta)
+        if not (std > 0).all():
+            raise ValueError(f"The step {timestep} -> {prev_timestep} at eta {eta} has no noise, and so no density.")
+        std = _expand(std, x_t)
+        log_density = -0.5 * ((x_prev - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return log_density.flatten(1).sum(1)
 
     def _coefficients(self, timestep: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(timestep)
         return _expand(alpha, x), _expand(sigma, x)
+
+
+def draw_noise(shape: Sequence[int], generator: torch.Generator, noise_offset: float = 0.0) -> Tensor:
+    """N(0, 1) of a sample [C, h, w]; with an offset, plus that much of one N(0, 1) for each channel."""
+    noise = torch.randn(*shape, generator=generator)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
+    return noise
 
 
 def _expand(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Run: everything about a training that a paper would not mention. The only file that knows accelerate.
 
     run = Run(cfg, "alignprop")
-    run.prepare(params)                             # AdamW, EMA; resumes the newest checkpoint of cfg.output_dir
+    run.prepare(params)                             # optimizer, EMA; resumes the newest checkpoint of cfg.output_dir
     for step in run.steps():
         for indices in run.micro_batches(step):     # global sample indices: this process's share of the global batch
             run.backward(loss(indices))             # one loss per sample [b]
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import LoggerType, broadcast, set_seed
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
@@ -39,8 +39,10 @@ from tqdm import tqdm
 from alignkit import config
 from alignkit.artifacts import (
     atomic,
+    check_hub_login,
     load_json,
     load_tensors,
+    push_to_hub,
     read_events,
     remove,
     save_json,
@@ -48,6 +50,7 @@ from alignkit.artifacts import (
     sha256,
 )
 from alignkit.config import RunConfig
+from alignkit.optimizers import check_optimizer, make_optimizer
 
 try:
     import fcntl
@@ -76,6 +79,17 @@ def lr_factor(step: int, lr_scheduler: str, lr_warmup_steps: int, max_train_step
     }[lr_scheduler]
 
 
+def _refuse_sharding() -> None:
+    """ValueError where `accelerate launch` was told to cut models into pieces."""
+    for name, variable in (("FSDP", "FSDP"), ("DeepSpeed", "DEEPSPEED"), ("Megatron-LM", "MEGATRON_LM")):
+        if os.environ.get(f"ACCELERATE_USE_{variable}", "false").lower() in ("true", "1", "yes"):
+            raise ValueError(
+                f"{name} is not supported: every process holds the whole model, and Run adds up the gradients itself. "
+                "Launch with `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`; to save memory, take "
+                "mixed_precision bf16, a smaller train_batch_size with more gradient_accumulation_steps, or a LoRA"
+            )
+
+
 class Run:
     """One training run in one folder, on one process or several (`torchrun`, `accelerate launch`).
 
@@ -90,6 +104,10 @@ class Run:
         self.cfg, self.name = cfg, name
         self.output_dir = Path(cfg.output_dir)
         self._events = self.output_dir / "events.jsonl"
+        trackers = [str(name) for name in LoggerType]
+        if cfg.report_to not in (*trackers, "none"):
+            raise ValueError(f"report_to: expected one of {', '.join(trackers)} or none, got {cfg.report_to!r}")
+        _refuse_sharding()
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else two CPU ranks of torchrun are strangers to accelerate
             mixed_precision="no",  # frozen parts are cast to weight_dtype, trained ones are float32: no autocast
@@ -97,12 +115,15 @@ class Run:
             project_dir=self.output_dir,
         )
         self.device = self.accelerator.device
+        check_optimizer(cfg.optimizer, self.device)
         self.is_main = self.accelerator.is_main_process
         self.num_processes = self.accelerator.num_processes
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
         self.global_batch = cfg.train_batch_size * cfg.gradient_accumulation_steps * self.num_processes
         self.position = 0
         self._writes = self.is_main and not cfg.dry_run
+        if self._writes and cfg.push_to_hub:
+            check_hub_login()
         self._signal = 0
         self._seed("start")
 
@@ -123,10 +144,16 @@ class Run:
 
     # Setting up
 
-    def prepare(self, params: Mapping[str, nn.Parameter], extra_state: MutableMapping[str, Any] | None = None) -> None:
-        """Makes AdamW (and EMA) over the named float32 parameters, and restores the newest checkpoint, if any.
+    def prepare(
+        self,
+        params: Mapping[str, nn.Parameter],
+        extra_state: MutableMapping[str, Any] | None = None,
+        extra_tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Makes the optimizer (and EMA) over the named float32 parameters, and restores the newest checkpoint, if any.
 
-        `extra_state` is the method's own state, in JSON types: saved with each checkpoint, updated in place here.
+        `extra_state` (in JSON types) and `extra_tensors` are the method's own state, equal on all processes: saved with
+        each checkpoint, updated in place here.
         """
         cfg = self.cfg
         wrong = [n for n, p in params.items() if p.dtype != torch.float32 or not p.requires_grad]
@@ -134,17 +161,12 @@ class Run:
             raise ValueError(f"expected parameters in float32 that require a gradient, got {wrong or 'none at all'}")
         self.params = dict(params)
         self.extra_state = {} if extra_state is None else extra_state
+        self.extra_tensors = extra_tensors or {}
         for parameter in self.params.values():
             parameter.grad = torch.zeros_like(parameter)  # never None: each process then reduces the same buffer
             if self.num_processes > 1:
                 parameter.data.copy_(broadcast(parameter.data))
-        self.optimizer = torch.optim.AdamW(
-            list(self.params.values()),
-            lr=cfg.learning_rate,
-            betas=(cfg.adam_beta1, cfg.adam_beta2),
-            eps=cfg.adam_epsilon,
-            weight_decay=cfg.adam_weight_decay,
-        )
+        self.optimizer = make_optimizer(cfg, list(self.params.values()))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = {n: p.detach().clone() for n, p in self.params.items()} if cfg.use_ema else {}
 
@@ -259,11 +281,12 @@ class Run:
             self._fail(
                 f"the loss is not finite at step {self.position}, samples {[self._indices[i] for i in bad]} "
                 f"of {self._indices}:{table}"
+                + ("\nfloat16 ends at 65,504: try mixed_precision bf16" if self.cfg.mixed_precision == "fp16" else "")
             )
         self.scaler.scale(loss.float().sum() / self.global_batch).backward()
 
     def update(self) -> float:
-        """Sums the gradients over processes, clips, takes one AdamW step, updates the EMA, clears the gradients.
+        """Sums the gradients over processes, clips, steps the optimizer, updates the EMA, clears the gradients.
 
         Returns the gradient's norm before clipping. A norm that is not finite skips the update in fp16, where the loss
         scale was too high, and raises FloatingPointError otherwise.
@@ -307,8 +330,14 @@ class Run:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the parameters hold their EMA (if there is one); afterwards they are back, bit for bit."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.params.items()} if self.ema else {}
-        self._set_params(self.ema)
+        with self.holding(self.ema):
+            yield
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the parameters hold these values, by their names; afterwards they are back, bit for bit."""
+        trained = {name: self.params[name].detach().clone() for name in values}
+        self._set_params(values)
         try:
             yield
         finally:
@@ -413,19 +442,17 @@ class Run:
         """Publishes checkpoint-<position>, then deletes the oldest ones. Written by the main process alone."""
         path = self.output_dir / f"checkpoint-{self.position}"
         if self.is_main:
-            moments = {
-                f"{name}/{key}": tensor
-                for name, parameter in self.params.items()
-                for key, tensor in self.optimizer.state[parameter].items()
-            }
+            moments, scalars = self._optimizer_state()
             with atomic(path) as temporary:
                 temporary.mkdir()
-                for file, tensors in (("trainable", self.params), ("ema", self.ema), ("optimizer", moments)):
+                files = {"trainable": self.params, "ema": self.ema, "optimizer": moments}
+                for file, tensors in (files | ({"extra": self.extra_tensors} if self.extra_tensors else {})).items():
                     save_tensors(tensors, temporary / f"{file}.safetensors")
                 state = {
                     "step": self.position,
                     "config": self._identity(),
                     "scaler": self.scaler.state_dict(),
+                    "optimizer": scalars,
                     "extra_state": dict(self.extra_state),
                     "sha256": {file.name: sha256(file) for file in temporary.glob("*.safetensors")},
                 }
@@ -435,6 +462,15 @@ class Run:
                 for old in self._checkpoints()[: -self.cfg.checkpoints_total_limit]:
                     remove(old)
         self.accelerator.wait_for_everyone()
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """By "<parameter>/<entry>" and "group/<entry>": tensors, and the numbers that some keep beside them."""
+        holders = {name: self.optimizer.state[parameter] for name, parameter in self.params.items()}
+        holders["group"] = self.optimizer.param_groups[0]
+        entries = {f"{name}/{key}": value for name, held in holders.items() for key, value in held.items()}
+        tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+        numbers = {key: value for key, value in entries.items() if type(value) in (int, float)}
+        return tensors, numbers
 
     def _read(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """Its state.json and its tensors by file. ValueError when damaged, or of a run with another config."""
@@ -461,11 +497,17 @@ class Run:
         self._set_params(tensors["trainable"])
         for name, average in self.ema.items():
             average.copy_(tensors["ema"][name])
-        for key, tensor in tensors["optimizer"].items():
-            name, _, moment = key.rpartition("/")
-            # AdamW keeps its step count on the CPU; the clone owns its memory instead of mapping the file.
-            device = "cpu" if moment == "step" else self.params[name].device
-            self.optimizer.state[self.params[name]][moment] = tensor.clone().to(device)
+        for name, tensor in self.extra_tensors.items():
+            tensor.copy_(tensors["extra"][name])
+        holders = {name: self.optimizer.state[parameter] for name, parameter in self.params.items()}
+        holders["group"] = self.optimizer.param_groups[0]
+        for key, value in (tensors["optimizer"] | state["optimizer"]).items():
+            name, _, entry = key.rpartition("/")
+            if isinstance(value, Tensor):
+                # AdamW keeps its step count on the CPU; the clone owns its memory instead of mapping the file.
+                device = "cpu" if entry == "step" else self.device
+                value = value.clone().to(device)
+            holders[name][entry] = value
         self.scaler.load_state_dict(state["scaler"])
         self.extra_state.update(state["extra_state"])
         self.position = state["step"]
@@ -531,9 +573,14 @@ class Run:
         raise SystemExit(0)
 
     def finish(self, reason: str | None = None) -> None:
-        """Ends the run, early if there is a reason: closes the logs and leaves the process group."""
+        """Ends the run, early if there is a reason: closes the logs, leaves the process group, pushes to the Hub.
+
+        Call it when the artifact is written. OSError when the push fails; what is in the folder is complete then.
+        """
         self._event("finish", self.position - 1, reason=reason)
         self._close()
+        if self._writes and self.cfg.push_to_hub:
+            print(f"pushed to {push_to_hub(self.output_dir, self.cfg.hub_model_id, [f'{self.name}/**'])}", flush=True)
 
     def _close(self) -> None:
         if self._writes:

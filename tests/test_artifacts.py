@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from alignkit.artifacts import (
     load_lora,
     load_tensors,
     plot_curves,
+    push_to_hub,
     read_events,
     read_metadata,
     remove,
@@ -302,6 +304,47 @@ def test_card_needs_no_network(tmp_path, monkeypatch):
     for name in ("grid.png", "curves.png"):
         assert f"({name})" in card.text and (path.parent / name).is_file()
     assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "curves.png", "grid.png"]
+
+
+def test_the_card_takes_the_bases_licence_from_its_folder(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: openrail++\n---\n# A base\n")
+    fields = {"title": "A word", "description": "Trained.", "config": {}, "instance_prompt": "a qx cat"}
+    card = ModelCard.load(write_card(tmp_path / "one", base_model=str(tmp_path / "base"), **fields))
+    assert card.data.license == "openrail++" and card.data.to_dict()["instance_prompt"] == "a qx cat"
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
+    card = ModelCard.load(write_card(tmp_path / "two", base_model="owner/name", **fields))
+    assert card.data.license is None and card.data.base_model == "owner/name"
+
+
+class FakeHub:
+    """In the place of HfApi: what would be uploaded, by the client's own rules."""
+
+    pushed: dict[str, list[str]] = {}
+
+    def create_repo(self, repo_id, repo_type, exist_ok):
+        if "offline" in repo_id:
+            raise RuntimeError("no route to host")
+        return RepoUrl(f"https://huggingface.co/{'' if '/' in repo_id else 'me/'}{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        self.pushed[repo_id] = sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+
+def test_push_to_hub_uploads_the_artifact_and_nothing_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    kept = ["README.md", "config.yaml", "curves.png", LORA_WEIGHTS, "unet/config.json"]
+    other = ["checkpoint-10/state.json", ".lock", "events.jsonl", "samples/000000_base.png", "class_images/0000.png",
+             "steps/10/mapper.safetensors", ".tmp-checkpoint-11/state.json", "toy/events.out.tfevents"]  # fmt: skip
+    for name in (*kept, *other):
+        (tmp_path / "my_lora" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my_lora" / name).write_text("")
+    assert push_to_hub(tmp_path / "my_lora", ignore=["toy/**"]) == "https://huggingface.co/me/my_lora"
+    assert push_to_hub(tmp_path / "my_lora", "you/other") == "https://huggingface.co/you/other"
+    assert FakeHub.pushed["me/my_lora"] == sorted(kept)
+    with pytest.raises(OSError, match="my_lora is finished, but could not be pushed.*no route to host"):
+        push_to_hub(tmp_path / "my_lora", "offline")
 
 
 def test_lora_file_has_the_usual_name():

@@ -9,8 +9,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.training_utils import compute_snr
 
-from alignkit.noise import PREDICTION_TYPES, NoiseSchedule
+from alignkit.noise import PREDICTION_TYPES, NoiseSchedule, draw_noise
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -78,6 +79,40 @@ def test_ddim_step_is_diffusers_step(prediction_type, eta, set_alpha_to_one):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_log_prob_is_that_of_a_normal_distribution(prediction_type, eta):
+    """Around the step without its noise, of the standard deviation that the noise has in it; a timestep a sample."""
+    schedule = schedule_of(prediction_type)
+    x_t, output, noise = (latents(seed) for seed in range(3))
+    timestep, prev_timestep = some_timesteps(schedule), schedule.timesteps(50)[[4, 21, 49]]
+    mean = schedule.ddim_step(x_t, output, timestep, prev_timestep, eta, torch.zeros_like(noise))
+    x_prev = schedule.ddim_step(x_t, output, timestep, prev_timestep, eta, noise)
+    std = schedule.ddim_std(timestep, prev_timestep, eta)
+    torch.testing.assert_close(x_prev - mean, std.reshape(-1, 1, 1, 1) * noise, rtol=0, atol=1e-11)
+    expected = torch.distributions.Normal(mean, std.reshape(-1, 1, 1, 1)).log_prob(x_prev).sum((1, 2, 3))
+    log_prob = schedule.ddim_log_prob(x_prev, x_t, output, timestep, prev_timestep, eta)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-10, atol=0)
+
+
+def test_ddpm_variance_is_that_of_diffusers():
+    scheduler = ddim()
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    scheduler.set_timesteps(20)
+    for timestep, prev_timestep in zip(schedule.timesteps(20), schedule.timesteps(20)[1:], strict=False):
+        expected = scheduler._get_variance(timestep, prev_timestep).double()
+        torch.testing.assert_close(schedule.ddim_std(timestep, prev_timestep, 1.0) ** 2, expected, rtol=1e-4, atol=0)
+
+
+def test_a_step_without_noise_has_no_density():
+    x_t = latents(0)
+    schedule = NoiseSchedule.from_scheduler(ddim(set_alpha_to_one=True))
+    for timestep, prev_timestep, eta in [(981, 961, 0.0), (1, None, 1.0)]:
+        assert schedule.ddim_std(timestep, prev_timestep, eta) == 0
+        with pytest.raises(ValueError, match="has no noise"):
+            schedule.ddim_log_prob(x_t, x_t, x_t, timestep, prev_timestep, eta)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_flow_step_is_diffusers_euler_step(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -141,6 +176,36 @@ def test_snr_and_back(prediction_type):
     torch.testing.assert_close(schedule.snr(timestep), alpha**2 / sigma**2)
     torch.testing.assert_close(schedule.timestep_from_snr(schedule.snr(timestep)), timestep)
     assert schedule.timestep_from_snr(schedule.snr(timestep[0]).item()).ndim == 0
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_makes_a_loss_in_x_0_of_a_loss_in_the_output(prediction_type):
+    """Weight times squared error of the output = min(SNR, gamma) times that of the x_0 it implies."""
+    schedule = schedule_of(prediction_type)
+    x_0, noise, output, timestep = latents(0), latents(1), latents(2), some_timesteps(schedule)
+    x_t = schedule.add_noise(x_0, noise, timestep)
+    in_output = (output - schedule.target(x_0, noise, timestep)).square().mean((1, 2, 3))
+    in_x_0 = (schedule.predict_x_0(output, x_t, timestep) - x_0).square().mean((1, 2, 3))
+    expected = schedule.snr(timestep).clamp(max=5.0) * in_x_0
+    torch.testing.assert_close(schedule.min_snr_weight(timestep, 5.0) * in_output, expected, rtol=1e-9, atol=0)
+
+
+def test_min_snr_is_that_of_the_papers_formulas():
+    for prediction_type, more in (("epsilon", 0), ("v_prediction", 1)):
+        schedule = schedule_of(prediction_type)
+        snr = compute_snr(ddim(), torch.arange(1000)).double()
+        expected = snr.clamp(max=5.0) / (snr + more)
+        torch.testing.assert_close(schedule.min_snr_weight(torch.arange(1000), 5.0), expected, rtol=1e-3, atol=0)
+
+
+def test_offset_noise_moves_whole_channels():
+    def drawn(offset):
+        return draw_noise((4, 16, 16), torch.Generator().manual_seed(0), offset)
+
+    assert torch.equal(drawn(0.0), torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0)))
+    moved = (drawn(0.1) - drawn(0.0)) / 0.1
+    assert moved[:, 0, 0].std() > 0.1
+    torch.testing.assert_close(moved, moved[:, :1, :1].expand_as(moved), rtol=0, atol=1e-5)
 
 
 def test_one_snr_means_the_same_noise_in_another_family():

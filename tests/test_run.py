@@ -148,6 +148,82 @@ def test_a_finished_run_has_no_steps_left(finished):
     assert torch.equal(run.params["layer.weight"].detach(), before["trainable"]["layer.weight"])
 
 
+def test_extra_tensors_come_back(tmp_path):
+    """The method's own: what it set in the sixth step is there when the run is prolonged."""
+    for stop in (6, 10):
+        run = Run(toy_config(tmp_path, lr_scheduler="constant", max_train_steps=stop))
+        extra = {"mean": torch.zeros(3)}
+        run.prepare(params := toy_params(), extra_tensors=extra)
+        assert extra["mean"].tolist() == ([0, 0, 0] if stop == 6 else [5, 6, 7])
+        for step in run.steps():
+            for indices in run.micro_batches(step):
+                run.backward(toy_loss(run, params, step, indices))
+            run.update()
+            extra["mean"].copy_(torch.arange(3) + step)
+        run.finish()
+
+
+def test_holding_gives_the_parameters_back(tmp_path):
+    run = Run(toy_config(tmp_path, dry_run=True))
+    run.prepare(params := toy_params())
+    before = params["layer.bias"].detach().clone()
+    with pytest.raises(KeyError), run.holding({"layer.bias": torch.ones(8)}):
+        assert params["layer.bias"].tolist() == [1] * 8
+        raise KeyError
+    assert torch.equal(params["layer.bias"], before)
+
+
+@pytest.mark.parametrize("name", ["prodigy", "adafactor", "diffgrad"])
+def test_other_optimizers_learn_and_resume_bit_for_bit(name, tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    fields = {"optimizer": name, "lr_scheduler": "constant", "learning_rate": 1.0 if name == "prodigy" else 1e-2}
+    train(toy_config(tmp_path / "whole", **fields))
+    train(toy_config(tmp_path / "resumed", **fields, max_train_steps=5))
+    assert train(toy_config(tmp_path / "resumed", **fields)).position == 10
+    assert_same(tmp_path / "whole" / "checkpoint-10", tmp_path / "resumed" / "checkpoint-10")
+    trained = load_file(tmp_path / "whole" / "checkpoint-10" / "trainable.safetensors")
+    assert all(not torch.equal(tensor, trained[key]) for key, tensor in toy_params().items())
+
+
+def test_an_optimizer_that_cannot_work_is_refused_at_once(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="adamw_8bit (comes with bitsandbytes|keeps its state in a GPU)"):
+        Run(toy_config(tmp_path / "run", optimizer="adamw_8bit"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="prodigy comes with pytorch_optimizer, .* pip install pytorch_optimizer"):
+        Run(toy_config(tmp_path / "run", optimizer="prodigy"))
+    with pytest.raises(ValueError, match="optimizer: expected one of adamw, .* got 'sgd'"):
+        Run(toy_config(tmp_path / "run", optimizer="sgd"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_is_refused_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{name} is not supported: every process holds the whole model.*torchrun"):
+        Run(toy_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_tracker_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="report_to: expected one of all, .*tensorboard.* or none, got 'tensorbord'"):
+        Run(toy_config(tmp_path / "run", report_to="tensorbord"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_pushed_if_wanted(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("alignkit.run.push_to_hub", lambda *args: pushed.append(args) or "somewhere")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    fields = {"push_to_hub": True, "hub_model_id": "me/toy", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="push_to_hub: expected to be logged in.*HF_TOKEN"):
+        train(toy_config(tmp_path / "run", **fields))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    train(toy_config(tmp_path / "run", **fields))
+    assert pushed == [(tmp_path / "run", "me/toy", ["toy/**"])]
+    assert "token" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_other_parameters_are_refused(finished):
     params = toy_params()
     params["head.weight"] = torch.nn.Parameter(torch.zeros(2, 8))

@@ -46,7 +46,7 @@ from torch import Tensor
 from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.base import Base, load_base
 from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition, score
-from alignkit.config import RunConfig, free, parse, to_dict
+from alignkit.config import DiffusionConfig, free, parse, to_dict
 from alignkit.controlnet import (
     WEIGHTS,
     draw_controlled,
@@ -56,7 +56,7 @@ from alignkit.controlnet import (
     unet_predict,
 )
 from alignkit.controls import Controls, Example, open_controls
-from alignkit.noise import NoiseSchedule
+from alignkit.noise import NoiseSchedule, draw_noise
 from alignkit.rewards import RewardConfig, WeightedRewards, combine
 from alignkit.run import Run
 
@@ -64,9 +64,9 @@ VALIDATION_SEED = 1_000_000  # of the first validation example; the training's a
 
 
 @dataclass
-class Config(RunConfig):
+class Config(DiffusionConfig):
     controlnet_model_name_or_path: str | None = None
-    """ControlNet to go on from: a diffusers folder or a Hub name; null makes one from the U-Net."""
+    """ControlNet to go on from: a diffusers folder, Hub name or .safetensors file; null makes one from the U-Net."""
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     """What the ControlNet is shown and, with reward_weight, what its images are compared by."""
     reward_weight: float = 0.0
@@ -208,17 +208,18 @@ def train(cfg: Config) -> Path:
         for indices in run.micro_batches(step):
             batch = load(step, indices)
             chance = [draws[i] for i in indices]
-            noise = torch.stack([torch.randn(batch.x_0.shape[1:], generator=run.generator(step, i)) for i in indices])
+            noise = [draw_noise(batch.x_0.shape[1:], run.generator(step, i), cfg.noise_offset) for i in indices]
             predict = controlled(base, controlnet, condition, batch, chance, encode_prompt)
             losses = controlnet_losses(
                 predict,
                 base.schedule,
                 batch.x_0,
-                noise.to(batch.x_0),
+                torch.stack(noise).to(batch.x_0),
                 torch.stack([d.timestep for d in chance]).to(run.device),
                 torch.tensor([d.rewarded and weight > 0 for d in chance], device=run.device),
                 base.decode,
                 lambda images, rows, targets=batch.targets: condition(images, targets[rows]),
+                cfg.snr_gamma,
             )
             consistency = per_rewarded * losses.reward
             loss = losses.diffusion + weight * consistency if weight else losses.diffusion
@@ -257,6 +258,7 @@ def controlnet_losses(
     rewarded: Tensor,
     decode: Callable[[Tensor], Tensor],
     consistency_loss: Callable[[Tensor, Tensor], Tensor],
+    snr_gamma: float | None = None,
 ) -> Losses:
     """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool.
 
@@ -267,6 +269,8 @@ def controlnet_losses(
     x_t = schedule.add_noise(x_0, noise, timestep)
     output = predict(x_t, timestep)
     diffusion = (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
+    if snr_gamma:
+        diffusion = diffusion * schedule.min_snr_weight(timestep, snr_gamma).to(diffusion)
     reward, clamped = torch.zeros_like(diffusion), torch.zeros_like(diffusion)
     rows = rewarded.nonzero().flatten()
     if len(rows):

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from alignkit.artifacts import atomic, read_events, remove, save_lora, write_card
 from alignkit.base import Base, add_lora, load_base
-from alignkit.config import LoraConfig, RunConfig, free, parse, to_dict
+from alignkit.config import DiffusionConfig, LoraConfig, free, parse, to_dict
 from alignkit.customized import (
     cross_attention,
     fingerprint,
@@ -45,13 +45,14 @@ from alignkit.customized import (
     save_embeddings,
 )
 from alignkit.data import load_image, read_concept_images
+from alignkit.noise import draw_noise
 from alignkit.run import Run
 
 TOKEN = "token_embedding"  # the name of the new row among the trained parameters
 
 
 @dataclass
-class Config(RunConfig):
+class Config(DiffusionConfig):
     method: Literal["lora", "custom_diffusion", "dreambooth"] = "lora"
     """What is trained: a LoRA, W_k and W_v with a new token, or the whole U-Net."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -274,7 +275,7 @@ def denoising_loss(
         generator = run.generator(step, index, tag)
         view = int(torch.randint(2, (), generator=generator)) if cfg.random_flip else 0
         x_0.append(examples.latents[view, torch.randint(examples.latents.shape[1], (), generator=generator)])
-        noise.append(torch.randn(x_0[-1].shape, generator=generator))
+        noise.append(draw_noise(x_0[-1].shape, generator, cfg.noise_offset))
         timestep.append(torch.randint(base.schedule.num_train_timesteps, (), generator=generator))
         prompts.append(examples.prompts[int(torch.randint(len(examples.prompts), (), generator=generator))])
     x_0, noise, timestep = torch.stack(x_0), torch.stack(noise).to(run.device), torch.stack(timestep).to(run.device)
@@ -282,7 +283,8 @@ def denoising_loss(
     prompt_embeds = text.encode(prompts).to(base.unet.dtype)
     output = base.unet(x_t, timestep, encoder_hidden_states=prompt_embeds).sample
     target = base.schedule.target(x_0, noise, timestep)
-    return F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+    loss = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+    return loss * base.schedule.min_snr_weight(timestep, cfg.snr_gamma).to(loss) if cfg.snr_gamma else loss
 
 
 # Pictures
@@ -402,6 +404,7 @@ def export(run: Run, cfg: Config, base: Base, text: Text, base_fingerprint: str,
         events=read_events(folder / "events.jsonl"),
         pictures=[folder / "before_after.png"],
         tags=[cfg.method],
+        instance_prompt=cfg.phrase,
     )
     print(
         f"finished\npicture: {folder / 'before_after.png'}\ncurves:  {folder / 'curves.png'}\nweights: {weights}",

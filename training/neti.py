@@ -43,8 +43,9 @@ from alignkit.artifacts import atomic, read_events, write_card
 from alignkit.attention import context_bank
 from alignkit.base import Base, load_base
 from alignkit.concepts import Concept, Concepts, create, encode_contexts, tokenize, towers
-from alignkit.config import RunConfig, free, parse, to_dict
+from alignkit.config import DiffusionConfig, free, parse, to_dict
 from alignkit.data import ConceptImage, load_image, read_concept_images
+from alignkit.noise import draw_noise
 from alignkit.run import Run
 
 TEMPLATES = (
@@ -73,7 +74,7 @@ class MapperConfig:
 
 
 @dataclass
-class Config(RunConfig):
+class Config(DiffusionConfig):
     method: Literal["neti", "textual_inversion", "p_plus"] = "neti"
     """What is learnt: a mapper, one vector for all layers, or one for each layer."""
     mapper: MapperConfig = field(default_factory=MapperConfig)
@@ -172,7 +173,7 @@ def train(cfg: Config) -> Path:
             batch = data.batch(run, step, indices)
             contexts = data.contexts(batch, nested_dropout=True)
             with context_bank(base.unet):
-                loss = denoising_loss(base, batch, contexts)
+                loss = denoising_loss(base, batch, contexts, cfg.snr_gamma)
                 run.backward(loss)
             losses.append(loss.detach())
         grad_norm = run.update()
@@ -247,7 +248,7 @@ class Data:
             template = cfg.templates[int(torch.randint(len(cfg.templates), (), generator=generator))]
             timestep = torch.randint(self.base.scheduler.config.num_train_timesteps, (), generator=generator)
             x_0 = self.latents[image, flip]
-            noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+            noise = draw_noise(x_0.shape, generator, cfg.noise_offset).to(x_0)
             truncation = torch.zeros(0)
             if self.concept.kind == "neti":
                 truncation = self.concept.module.draw_truncation(generator, cfg.nested_dropout_prob)
@@ -274,12 +275,13 @@ def named(text: str, cfg: Config) -> str:
     return text.replace("{}", cfg.placeholder_token)
 
 
-def denoising_loss(base: Base, batch: Batch, contexts: Tensor) -> Tensor:
+def denoising_loss(base: Base, batch: Batch, contexts: Tensor, snr_gamma: float | None = None) -> Tensor:
     """[b]: mean squared error of the network's prediction (DDPM, Ho et al. 2020, eq. 14), inside a context bank."""
     x_t = base.schedule.add_noise(batch.x_0, batch.noise, batch.timestep)
     output = base.unet(x_t.to(contexts.dtype), batch.timestep, contexts).sample.float()
     target = base.schedule.target(batch.x_0, batch.noise, batch.timestep)
-    return (batch.weight * F.mse_loss(output, target, reduction="none")).mean((1, 2, 3))
+    loss = (batch.weight * F.mse_loss(output, target, reduction="none")).mean((1, 2, 3))
+    return loss * base.schedule.min_snr_weight(batch.timestep, snr_gamma).to(loss) if snr_gamma else loss
 
 
 @torch.no_grad()
@@ -352,6 +354,7 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
         events=read_events(folder / "events.jsonl"),
         pictures=pictures,
         tags=["textual-inversion", cfg.method],
+        instance_prompt=cfg.placeholder_token,
     )
     print(f"finished\npictures: {', '.join(map(str, pictures))}\nconcept:  {folder}", flush=True)
 
