@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignkit.artifacts import atomic, save_tensors
+from alignkit.artifacts import atomic, load_tensors, save_tensors
 from alignkit.base import Base
+from alignkit.config import differences
 from alignkit.sampling import guided, sample
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,12 +45,17 @@ def new_controlnet(unet: nn.Module, vae_scale_factor: int, seed: int = 0) -> Con
 
 
 def load_controlnet(path: str, unet: nn.Module, vae_scale_factor: int) -> ControlNetModel:
-    """A ControlNet folder or Hub name in diffusers format, in float32; safetensors only.
+    """A ControlNet folder or Hub name in diffusers format, or one .safetensors file, in float32.
+
+    A file may have the names of the original code (`control_model.input_blocks...`) or diffusers', which UIs read too:
+    the weights that `save_controlnet` writes are such a file.
 
     Raises:
         FileNotFoundError: there is no such ControlNet.
         ValueError: it was made for another base, or its weights are incomplete.
     """
+    if Path(path).suffix == ".safetensors":
+        return _from_single_file(path, unet, vae_scale_factor)
     if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise FileNotFoundError(f"No ControlNet {path!r}: expected a folder in diffusers format or a Hub OWNER/NAME.")
     try:
@@ -81,6 +88,23 @@ def load_controlnet(path: str, unet: nn.Module, vae_scale_factor: int) -> Contro
     if wrong:
         raise ValueError(f"{path} is not a complete ControlNet of this base: {wrong}")
     return controlnet.to(unet.device)
+
+
+def _from_single_file(path: str, unet: nn.Module, vae_scale_factor: int) -> ControlNetModel:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No ControlNet {path!r}: there is no such file.")
+    controlnet = new_controlnet(unet, vae_scale_factor)
+    weights = convert_controlnet_checkpoint(load_tensors(path), controlnet.config)
+    weights = {key: tensor.float() for key, tensor in weights.items() if tensor is not None}
+    expected = {key: list(tensor.shape) for key, tensor in controlnet.state_dict().items()}
+    wrong = differences(expected, {key: list(tensor.shape) for key, tensor in weights.items()})
+    if wrong:
+        key, (wanted, got) = next(iter(wrong.items()))
+        raise ValueError(
+            f"{path} is not a ControlNet of this base: of {key} expected {wanted}, got {got} ({len(wrong)} differ)"
+        )
+    controlnet.load_state_dict(weights)
+    return controlnet
 
 
 def save_controlnet(folder: str | os.PathLike, controlnet: nn.Module) -> Path:

@@ -76,10 +76,16 @@ def build_reward(name: str, **args: Any) -> Reward:
     """A frozen reward by its name in REWARDS or by `package.module:Class`, built with `args`.
 
     Raises:
-        ValueError: no such reward, not a Reward, arguments that its class does not take, or the evaluator's model.
+        ValueError: no such reward, not a Reward, arguments that its class does not take, the evaluator's model, or
+            weights of another shape than its model's.
     """
     refuse_evaluators(name, args)
-    return frozen(build_named(name, REWARDS, Reward, args))
+    try:
+        return frozen(build_named(name, REWARDS, Reward, args))
+    except RuntimeError as error:  # torch's, transformers' and the Hub mixin's for weights that do not fit
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"{name}: the weights named by {args} do not fit its model: {error}") from error
 
 
 class Combined(NamedTuple):

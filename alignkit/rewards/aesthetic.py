@@ -67,9 +67,13 @@ def collapse(state_dict: dict[str, Tensor]) -> nn.Linear:
     embedding_dim = state_dict["layers.0.weight"].shape[1]
     weight, bias = torch.eye(embedding_dim), torch.zeros(embedding_dim)
     for number in numbers:
-        layer = state_dict[f"layers.{number}.weight"].float()
-        bias = layer @ bias + state_dict[f"layers.{number}.bias"].float()
-        weight = layer @ weight
+        layer, shift = state_dict[f"layers.{number}.weight"].float(), state_dict.get(f"layers.{number}.bias")
+        if shift is None or layer.shape[1:] != bias.shape or layer.shape[:1] != shift.shape:
+            got = "no bias" if shift is None else f"{list(layer.shape)} and {list(shift.shape)}"
+            raise ValueError(f"expected layers.{number} of [n, {len(bias)}] with a bias [n], got {got}: no LAION head.")
+        bias, weight = layer @ bias + shift.float(), layer @ weight
+    if len(bias) != 1:
+        raise ValueError(f"expected a head that ends in one score, got {len(bias)} numbers.")
     head = nn.Linear(embedding_dim, 1)
     head.load_state_dict({"weight": weight, "bias": bias})
     return head

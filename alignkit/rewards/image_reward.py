@@ -120,5 +120,11 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], path: str) -> nn.Module:
             f"{path} does not fit {type(model).__name__}: missing {sorted(names - tensors.keys())[:3]}, unknown "
             f"{sorted(tensors.keys() - names)[:3]}."
         )
+    for key, expected in model.state_dict().items():
+        if tensors[key].shape != expected.shape:
+            raise ValueError(
+                f"{path} does not fit {type(model).__name__}: of {key} expected {list(expected.shape)}, got "
+                f"{list(tensors[key].shape)}."
+            )
     model.load_state_dict(tensors)
     return frozen(model)

@@ -1,0 +1,81 @@
+"""Files that do not fit: said in one sentence that names the file or layer, before any work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignkit.artifacts import remove
+from alignkit.base import load_base
+from alignkit.emoji.judges import AestheticHead, DensityCounter
+from alignkit.rewards import build_reward
+from alignkit.rewards.aesthetic import load_head
+from alignkit.run import Run
+from tests.tiny import save_tiny_model
+from tests.toy import toy_config, toy_params
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A whole model, weights and all."""
+    (tmp_path / "configs").mkdir()
+    pipe = load_base(save_tiny_model(tmp_path / "configs"), random_init=True).pipeline()
+    pipe.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_base_with_missing_parts_is_refused_by_the_parts_name(saved, tmp_path):
+    load_base(str(saved))
+    for part, missing in [("unet", ""), ("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "")]:
+        folder = shutil.copytree(saved, tmp_path / part)
+        remove(folder / part / missing)
+        with pytest.raises((OSError, ValueError), match=part):
+            load_base(str(folder))
+
+
+def test_weights_of_another_shape_are_refused_by_name(saved):
+    path = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"conv_in.weight": torch.zeros(3, 4, 3, 3)}, path)
+    with pytest.raises(ValueError, match="conv_in.weight"):
+        load_base(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"layers.0.weight": torch.zeros(4, 8)}, r"layers.0 of \[n, 8\] with a bias .* got no bias"),
+        (
+            {"layers.0.weight": torch.zeros(4, 8), "layers.0.bias": torch.zeros(4), "layers.2.bias": torch.zeros(1)}
+            | {"layers.2.weight": torch.zeros(1, 5)},
+            r"layers.2 of \[n, 4\] .* got \[1, 5\] and \[1\]",
+        ),
+        ({"layers.0.weight": torch.zeros(4, 8), "layers.0.bias": torch.zeros(4)}, "ends in one score, got 4"),
+    ],
+)
+def test_an_aesthetic_head_of_the_wrong_shape(tensors, message, tmp_path):
+    save_file(tensors, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_head(str(tmp_path / "head.safetensors"))
+
+
+def test_a_judges_folder_whose_weights_do_not_fit_its_config(tmp_path):
+    DensityCounter((8, 8, 8)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"density.weight": torch.zeros(1, 16, 1, 1)}, path)
+    with pytest.raises(ValueError, match="count: the weights named by .* do not fit its model.*density.weight"):
+        build_reward("count", model=str(tmp_path))
+    AestheticHead(5).save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="expected a head for embeddings of .* numbers .*, got one for 5"):
+        build_reward("aesthetic", head=str(tmp_path / "head"))
+
+
+def test_an_overflow_in_float16_says_what_to_do(tmp_path):
+    run = Run(toy_config(tmp_path, mixed_precision="fp16", dry_run=True))
+    run.prepare(params := toy_params())
+    with pytest.raises(FloatingPointError, match="float16 ends at 65,504: try mixed_precision bf16"):
+        for step in run.steps():
+            for indices in run.micro_batches(step):
+                run.backward((params["layer.bias"].sum() * 0 + 1e5).half().expand(len(indices)))
