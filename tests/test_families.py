@@ -75,9 +75,9 @@ def test_alignprop_trains_and_stock_diffusers_draws_the_same_pixels(name, folder
     monkeypatch.setattr(alignprop, "load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
     export = alignprop.export
 
-    def spy(run, cfg, base, prompts, before, after, stopped):
-        seen.update(before=before, after=after, prompts=prompts.prompts)
-        export(run, cfg, base, prompts, before, after, stopped)
+    def spy(run, validation, *args):
+        export(run, validation, *args)
+        seen.update(before=validation.base_images, after=validation.images, prompts=validation.prompts.prompts)
 
     monkeypatch.setattr(alignprop, "export", spy)
     (tmp_path / "prompts.txt").write_text("a cat\na red dog\n")

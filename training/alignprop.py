@@ -25,27 +25,29 @@ Ours besides: EMA, hinge loss, weighted sums, monitors and early stop, all off u
 """
 
 import math
-import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.utils import make_image_grid, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
-from PIL.Image import Resampling
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from alignkit.artifacts import LORA_WEIGHTS, atomic, read_events, save_lora, write_card
 from alignkit.base import Base, add_lora, load_base
-from alignkit.config import LoraConfig, RunConfig, parse, to_dict
-from alignkit.data import Prompts, read_prompts
-from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine, probe
-from alignkit.rewards.clip import Encoder
+from alignkit.config import parse
+from alignkit.data import Prompts
+from alignkit.reward_tuning import (
+    Judges,
+    RewardTuningConfig,
+    Validation,
+    choose_prompt,
+    diversity,
+    export,
+    read_training_prompts,
+)
+from alignkit.rewards import Combined, WeightedRewards, combine, probe
 from alignkit.run import Run
 from alignkit.sampling import PLANS, GradientPlan, sample
 
@@ -69,81 +71,24 @@ class PlanConfig:
 
 
 @dataclass
-class EarlyStopConfig:
-    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds."""
-
-    enabled: bool = False
-    """Off: only log."""
-    min_diversity: float = 0.5
-    """Stop when the diversity falls below this share of the base's."""
-    monitor_drop: float = 0.5
-    """Stop when a monitor has been this far below its best, in standard deviations of the base's scores, ..."""
-    patience: int = 2
-    """... for this many validations in a row, while the trained reward was above what it was at that best."""
-
-    def __post_init__(self):
-        if self.patience < 1:
-            raise ValueError(f"early_stop.patience: expected at least 1, got {self.patience}")
-
-
-@dataclass
-class Config(RunConfig):
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapter that is trained."""
-    rewards: list[RewardConfig] = field(default_factory=list)
-    """What is optimised: a weighted sum."""
-    monitors: list[RewardConfig] = field(default_factory=list)
-    """Logged beside it, never optimised; weight and loss have no effect. The first with a CLIP measures diversity."""
+class Config(RewardTuningConfig):
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The gradient plan."""
-    prompt_file: str = ""
-    """Prompts to train on: .txt, one a line, or .jsonl with `prompt` and columns for the rewards."""
-    negative_prompt: str = ""
-    """For classifier-free guidance."""
-    num_images_per_prompt: int = 1
-    """Consecutive samples that share a prompt."""
-    num_inference_steps: int = 50
-    """N, the denoising steps."""
-    guidance_scale: float = 7.5
-    """Of classifier-free guidance; 1 turns it off."""
     detach_uncond: bool = False
     """Cut the gradient through the unconditional half of the guidance."""
     eta: float = 0.0
     """DDIM's noise in training: 0 is deterministic, 1 is DDPM's. Validation uses 0."""
-    resolution: int | None = None
-    """Side of the images in pixels; null is the base's own."""
-    validation_prompt_file: str | None = None
-    """Prompts of the validation, same format; null takes those of prompt_file."""
-    num_validation_images: int = 16
-    """Image i is of validation prompt i (starting over at the end) and seed i."""
-    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig, metadata={"free": True})
-    """When to end a run that exploits its reward."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_images_per_prompt", "num_inference_steps", "num_validation_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: expected 0 to 1, got {self.eta}")
-        if not self.rewards:
-            raise ValueError("rewards: expected at least one reward, got none")
-        if not self.prompt_file:
-            raise ValueError("prompt_file: expected a .txt or .jsonl file, got none")
-        if self.validation_steps % self.logging_steps:
-            raise ValueError(
-                f"validation_steps: expected a multiple of logging_steps ({self.logging_steps}), as its results are "
-                f"logged with the others, got {self.validation_steps}"
-            )
         self.plan.draw(self.num_inference_steps, torch.Generator())
 
 
 def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the LoRA and its card."""
-    prompts = read_prompts(cfg.prompt_file)
-    fixed = read_prompts(cfg.validation_prompt_file) if cfg.validation_prompt_file else prompts
-    fixed = fixed.rows([i % len(fixed) for i in range(cfg.num_validation_images)])
-
+    prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "alignprop")
     base = load_base(
         cfg.pretrained_model_name_or_path,
@@ -157,31 +102,23 @@ def train(cfg: Config) -> Path:
         # there, the fused attention's backward takes twice the time of the plain one's
         base.unet.set_attn_processor(AttnProcessor())
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
-    alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
-    lora = add_lora(base.network, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
+    lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 
     state = {"validations": []}
     run.prepare(lora, state)
-    started = time.perf_counter()
-    validation = Validation(cfg, base, judges, fixed)
-    if run.position == 0:
-        run.show(0, "base", validation.base_images, fixed.prompts)
-    if cfg.dry_run and run.is_main:
-        seconds = time.perf_counter() - started
-        times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
-        print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
+    validation = Validation(run, cfg, base, lora, judges, fixed, state["validations"])
 
-    stopped, shown = None, None
+    stopped = None
     for step in run.steps():
         base.network.train()  # for the LoRA's dropout
         plan = cfg.plan.draw(cfg.num_inference_steps, run.generator(step, tag="plan"))
         measured = []
         for indices in run.micro_batches(step):
-            batch = prompts.rows([choose_prompt(run, len(prompts), i, cfg.num_images_per_prompt) for i in indices])
+            batch = prompts.rows([choose_prompt(run, len(prompts), i // cfg.num_images_per_prompt) for i in indices])
             generators = [run.generator(step, i) for i in indices]
-            images = generate(base, cfg, batch.prompts, generators, plan, cfg.eta)
+            images = generate(base, cfg, batch.prompts, generators, plan)
             scores = score_copies(judges.rewards, images, batch)
             run.backward(scores.loss, **scores.values)
             measured.append(judges.measure(images[: len(indices)].detach(), batch, scores))
@@ -191,24 +128,14 @@ def train(cfg: Config) -> Path:
         scalars = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
         scalars["diversity"] = diversity(run.gather(scalars.pop("features")))
         scalars |= {"grad_norm": grad_norm, "k": len(plan.steps)}
-        shown = None
-        if run.every(cfg.validation_steps, step) and not cfg.dry_run:
-            with run.averaged():
-                shown, validated, summary = validation.measure(lora)
-            run.show(step, "validation", shown, fixed.prompts)
-            scalars |= validated
-            state["validations"].append(summary)
-        run.log(step, **scalars)
-        if shown is not None:
-            reason = reason_to_stop([validation.start, *state["validations"]], cfg.early_stop)
-            if run.gather(torch.tensor([int(reason is not None)], device=run.device)).any():
-                stopped = f"stopped early after {step + 1} steps: {reason}"
-                break
+        run.log(step, **scalars, **validation.measure(step))
+        reason = validation.reason_to_stop()
+        if reason:
+            stopped = f"stopped early after {step + 1} steps: {reason}"
+            break
 
-    with run.averaged():
-        shown = validation.draw() if shown is None else shown
-        if run.is_main:
-            export(run, cfg, base, fixed, validation.base_images, shown, stopped)
+    source = f"`training/alignprop.py` (AlignProp, arXiv 2310.03739; gradient plan {cfg.plan.name})"
+    export(run, validation, "AlignProp", "alignprop", source, stopped)
     run.finish(stopped)
     return run.output_dir
 
@@ -218,18 +145,14 @@ def generate(
     cfg: Config,
     prompts: list[str],
     generators: list[torch.Generator],
-    plan: GradientPlan | None,
-    eta: float = 0.0,
+    plan: GradientPlan,
 ) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of B prompts with a generator each, with the plan's gradient; then its copies.
-
-    Without a plan, the pixels of the stock pipeline for the same prompts and generators.
-    """
+    """Images [B, 3, H, W] in [0, 1] of B prompts with a generator each, with the plan's gradient; then its copies."""
     size = (cfg.resolution, cfg.resolution)
     x_T = randn_tensor((len(prompts), *base.latent_shape(*size)), generators, base.device)
     denoiser = base.denoiser(prompts, cfg.negative_prompt, cfg.guidance_scale, *size, cfg.detach_uncond)
     timesteps = base.timesteps(cfg.num_inference_steps, *size)
-    return base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan, eta=eta, generator=generators))
+    return base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan, eta=cfg.eta, generator=generators))
 
 
 def score_copies(rewards: WeightedRewards, images: Tensor, batch: Prompts) -> Combined:
@@ -241,121 +164,6 @@ def score_copies(rewards: WeightedRewards, images: Tensor, batch: Prompts) -> Co
     scores = rewards(images, batch.prompts * copies, **columns)
     values = {name: value.view(copies, -1).mean(0) for name, value in scores.values.items()}
     return Combined(values, scores.loss.view(copies, -1).mean(0))
-
-
-def choose_prompt(run: Run, num_prompts: int, index: int, num_images_per_prompt: int) -> int:
-    """Of a sample, by its global index: every prompt once in each epoch, in a seeded order."""
-    epoch, position = divmod(index // num_images_per_prompt, num_prompts)
-    return int(torch.randperm(num_prompts, generator=run.generator(epoch, tag="prompts"))[position])
-
-
-class Judges(nn.Module):
-    """What is optimised, and what watches it."""
-
-    def __init__(self, rewards: WeightedRewards, monitors: WeightedRewards | None):
-        super().__init__()
-        self.rewards, self.monitors = rewards, monitors
-        encoders = [getattr(monitor, "encoder", None) for monitor in monitors.rewards] if monitors else []
-        self.encoder = next((encoder for encoder in encoders if isinstance(encoder, Encoder)), None)
-
-    @torch.no_grad()
-    def measure(self, images: Tensor, batch: Prompts, scores: Combined | None = None) -> dict[str, Tensor]:
-        """loss, reward/*, monitor/* [B] and features [B, D] of images; `scores` are the rewards', if they are known."""
-        scores = self.rewards(images, batch.prompts, **batch.columns) if scores is None else scores
-        measured = {"loss": scores.loss.detach()}
-        measured |= {f"reward/{label}": value.detach() for label, value in scores.values.items()}
-        if self.monitors:
-            values = self.monitors(images, batch.prompts, **batch.columns).values
-            measured |= {f"monitor/{label}": value for label, value in values.items()}
-        return measured | {"features": self.features(images)}
-
-    def features(self, images: Tensor) -> Tensor:
-        """[B, D], whose distances say how different images are: CLIP's of a monitor, else the RMS of coarse pixels."""
-        if self.encoder:
-            return self.encoder.embed_images(images)
-        coarse = F.adaptive_avg_pool2d(images, 16).flatten(1)
-        return coarse / math.sqrt(coarse.shape[1])
-
-
-def diversity(features: Tensor) -> float:
-    """Mean distance between two images of a batch, by their features [B, D]."""
-    return float(F.pdist(features).mean()) if len(features) > 1 else 0.0
-
-
-class Validation:
-    """Fixed prompts and seeds: what the base draws of them, and what the LoRA makes of that."""
-
-    def __init__(self, cfg: Config, base: Base, judges: Judges, prompts: Prompts):
-        self.cfg, self.base, self.judges, self.prompts = cfg, base, judges, prompts
-        base.network.disable_adapters()
-        self.base_images = self.draw()
-        base.network.enable_adapters()
-        self.base_measured = judges.measure(self.base_images, prompts)
-        self.start = self.summary(self.base_measured)
-
-    @torch.no_grad()
-    def draw(self) -> Tensor:
-        self.base.network.eval()
-        images, size = [], self.cfg.train_batch_size
-        for first in range(0, len(self.prompts), size):
-            prompts = self.prompts.prompts[first : first + size]
-            generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
-            images.append(generate(self.base, self.cfg, prompts, generators, None))
-        return torch.cat(images)
-
-    def measure(self, lora: dict[str, nn.Parameter]) -> tuple[Tensor, dict[str, Tensor | float], dict[str, Any]]:
-        """Images, what to log of them, and what an early stop is decided by."""
-        images = self.draw()
-        measured = self.judges.measure(images, self.prompts)
-        summary = self.summary(measured)
-        del measured["features"]
-        scalars = {f"validation/{name}": value for name, value in measured.items()}
-        scalars |= {
-            "validation/diversity": summary["diversity"],
-            "drift/images": (images - self.base_images).square().mean((1, 2, 3)).sqrt(),
-            "drift/lora_norm": lora_norm(lora, self.cfg.lora),
-        }
-        return images, scalars, summary
-
-    def summary(self, measured: dict[str, Tensor]) -> dict[str, Any]:
-        """Trained reward, diversity, each monitor's gain over the base in standard deviations of the base's scores."""
-        base = {name: values for name, values in self.base_measured.items() if name.startswith("monitor/")}
-        return {
-            "reward": -float(measured["loss"].mean()),
-            "diversity": diversity(measured["features"]),
-            "monitors": {
-                name: float((measured[name] - values).mean() / values.std(correction=0).clamp(min=1e-6))
-                for name, values in base.items()
-            },
-        }
-
-
-def reason_to_stop(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> str | None:
-    """Of the summaries of a run's validations, the base's first: why it should end here, if it should."""
-    if not cfg.enabled:
-        return None
-    start, now = history[0], history[-1]
-    if now["diversity"] < cfg.min_diversity * start["diversity"]:
-        return f"the diversity of the validation images fell from {start['diversity']:.3g} to {now['diversity']:.3g}"
-    for name in start["monitors"]:
-        best = max(history, key=lambda summary: summary["monitors"][name])
-        threshold = best["monitors"][name] - cfg.monitor_drop
-        exploited = [s["monitors"][name] < threshold and s["reward"] > best["reward"] for s in history[-cfg.patience :]]
-        if len(exploited) == cfg.patience and all(exploited):
-            drop = best["monitors"][name] - now["monitors"][name]
-            return f"{name} fell by {drop:.2f} of the base's standard deviations while the trained reward rose"
-    return None
-
-
-def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
-    """Frobenius norm of all weight updates scale B A, by |B A|^2 = <B^T B, A A^T> without forming B A."""
-    scale = 1.0 if cfg.alpha is None else cfg.alpha / cfg.rank
-    squared = 0.0
-    for name, down in lora.items():
-        if ".lora_A." in name:
-            a, b = down.detach().flatten(1), lora[name.replace(".lora_A.", ".lora_B.")].detach().flatten(1)
-            squared += float(((b.T @ b) * (a @ a.T)).sum())
-    return scale * math.sqrt(max(0.0, squared))
 
 
 def probe_rewards(rewards: WeightedRewards, base: Base, resolution: int | None, prompts: Prompts) -> None:
@@ -374,42 +182,6 @@ def warn_if_adam_is_blind(grad_norm: float, lora: dict[str, nn.Parameter], adam_
             "raise the weights of the rewards",
             stacklevel=2,
         )
-
-
-def export(
-    run: Run, cfg: Config, base: Base, prompts: Prompts, before: Tensor, after: Tensor, stopped: str | None
-) -> None:
-    """The LoRA, a picture of what it changed, the curves, and a card."""
-    folder = run.output_dir
-    save_lora(folder, base.network)
-    shown = min(8, len(before))
-    pictures = numpy_to_pil(torch.cat([before[:shown], after[:shown]]).permute(0, 2, 3, 1).cpu().numpy())
-    zoom = max(1, 128 // pictures[0].width)
-    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
-    with atomic(folder / "before_after.png") as temporary:
-        make_image_grid(pictures, rows=2, cols=shown).save(temporary, "PNG")
-    columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(prompts.prompts[:shown]))
-    write_card(
-        folder,
-        title=f"AlignProp LoRA of {cfg.pretrained_model_name_or_path}",
-        description=(
-            f"Trained with {' + '.join(f'{r.weight:g} x {r.name}' for r in cfg.rewards)} by `training/alignprop.py` "
-            f"(AlignProp, arXiv 2310.03739; gradient plan {cfg.plan.name}){f'; {stopped}' if stopped else ''}.\n\n"
-            f"Load it with `pipe.load_lora_weights(folder)`. Above the base, below the LoRA; the columns:\n\n{columns}"
-        ),
-        base_model=cfg.pretrained_model_name_or_path,
-        config=to_dict(cfg),
-        events=read_events(folder / "events.jsonl"),
-        pictures=[folder / "before_after.png"],
-        tags=["lora", "alignprop"],
-    )
-    print(
-        f"{stopped or 'finished'}\n"
-        f"picture: {folder / 'before_after.png'}\n"
-        f"curves:  {folder / 'curves.png'}\n"
-        f"LoRA:    {folder / LORA_WEIGHTS}",
-        flush=True,
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

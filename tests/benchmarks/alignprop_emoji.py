@@ -1,19 +1,26 @@
-"""What AlignProp gains on the emoji world, by the evaluator: one cell an (arm, seed), three seeds.
+"""What AlignProp gains on the emoji world, by the evaluator, and how fast: one cell an (arm, seed), three seeds.
 
     python tests/benchmarks/alignprop_emoji.py --run                  # the cells that are missing
-    python tests/benchmarks/alignprop_emoji.py --run --arm aesthetic --seed 0
-    python tests/benchmarks/alignprop_emoji.py                        # the table of what is there
+    python tests/benchmarks/alignprop_emoji.py --run --arm DDPO --seed 0
+    python tests/benchmarks/alignprop_emoji.py                        # the tables of what is there
 
 A cell trains a LoRA by the trainer's own command line and has `alignkit evaluate reward` compare it with the base. It
 is found again by arm, seed, config and the hash of the world's weights, so only what is missing is run. A cell costs
-ten to fifteen minutes of two cores; all of them, some five hours.
+ten to fifteen minutes of two cores, one of DDPO an hour; all of them, some eleven hours.
+
+The second table is a race: the arms from AlignProp to DDPO train on one reward from one base with one kind of LoRA, and
+are evaluated on the way, at the same prompts and noise. A run is prolonged from point to point, which changes nothing
+in it: it resumes bit for bit, at a constant learning rate. Its time is that of the updates alone.
 """
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -21,24 +28,48 @@ import yaml
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "alignprop_emoji.jsonl"
 SEEDS = (0, 1, 2)
+GOAL = 0.5  # standard deviations of the base's aesthetic score: where the race is timed
+RACE_IMAGES = 100  # drawn for each point of a curve
 
-# arm: config, overrides, prompts it is evaluated on
+
+@dataclass(frozen=True)
+class Arm:
+    config: str
+    overrides: dict[str, str] = field(default_factory=dict)
+    prompts: str = "singles"  # that it is evaluated on
+    updates: tuple[int, ...] = ()  # of a race: after which of them it is evaluated
+    scored: int = 1  # images that the reward sees for each image of the batch
+
+    @property
+    def script(self) -> str:
+        return f"training/{Path(self.config).parts[0]}.py"
+
+
+def _racer(config: str, updates: tuple[int, ...], scored: int = 1, **plan) -> Arm:
+    overrides = {"early_stop.enabled": "false", "validation_steps": "0"}
+    return Arm(config, overrides | {f"plan.{name}": value for name, value in plan.items()}, "singles", updates, scored)
+
+
+SHORT = (5, 10, 20, 30, 45, 60)  # updates of 16 images
 ARMS = {
-    "aesthetic": ("emoji", {}, "singles"),
-    "alignment on pairs": ("emoji_pairs", {}, "pairs"),
-    "exactly three": ("emoji_three", {}, "three"),
-    "alignment": ("emoji_alignment", {}, "singles"),
-    "aesthetic + alignment": ("emoji_sum", {}, "singles"),
-    "control: detached reward": (
-        "emoji",
+    "aesthetic": Arm("alignprop/emoji"),
+    "alignment on pairs": Arm("alignprop/emoji_pairs", prompts="pairs"),
+    "exactly three": Arm("alignprop/emoji_three", prompts="three"),
+    "alignment": Arm("alignprop/emoji_alignment"),
+    "aesthetic + alignment": Arm("alignprop/emoji_sum"),
+    "control: detached reward": Arm(
+        "alignprop/emoji",
         {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic", "loss": "hinge", "target": 2.2}]'},
-        "singles",
     ),
-    "control: shuffled prompts": (
-        "emoji_alignment",
-        {"rewards": '[{"name": "tests.benchmarks.controls:ShuffledAlignment"}]'},
-        "singles",
+    "control: shuffled prompts": Arm(
+        "alignprop/emoji_alignment", {"rewards": '[{"name": "tests.benchmarks.controls:ShuffledAlignment"}]'}
     ),
+    "AlignProp": _racer("alignprop/emoji", SHORT),
+    "DRaFT-1": _racer("alignprop/emoji", SHORT, name="draft_k", settings="{k: 1}"),
+    "DRaFT-LV": _racer("alignprop/emoji", SHORT, 3, name="draft_lv", settings="{copies: 2}"),
+    "ReFL": _racer("alignprop/emoji", SHORT, name="refl", settings="{}"),
+    "DRTune": _racer("alignprop/emoji", SHORT, name="drtune", settings="{}"),
+    "DDPO": _racer("ddpo/emoji", (16, 32, 64, 128, 256)),  # to 4,096 images
 }
 
 
@@ -46,12 +77,13 @@ def key(arm: str, seed: int) -> dict:
     """What a cell is found by."""
     from alignkit.emoji.measure import world_hash
 
-    config, overrides, prompts = ARMS[arm]
-    text = (ROOT / "configs" / "alignprop" / f"{config}.yaml").read_text(encoding="utf-8")
+    spec = ARMS[arm]
+    text = (ROOT / "configs" / f"{spec.config}.yaml").read_text(encoding="utf-8")
     settings = yaml.safe_load(text)
     files = [ROOT / settings[name] for name in ("prompt_file", "validation_prompt_file")]
-    files += [Path(__file__).parent / "controls.py"] * bool(overrides)
-    text += json.dumps(overrides, sort_keys=True) + prompts + "".join(f.read_text(encoding="utf-8") for f in files)
+    files += [Path(__file__).parent / "controls.py"] * ("rewards" in spec.overrides)
+    text += json.dumps(spec.overrides, sort_keys=True) + spec.prompts + json.dumps(spec.updates)
+    text += "".join(f.read_text(encoding="utf-8") for f in files)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return {"arm": arm, "seed": seed, "config": digest, "world_hash": world_hash()}
 
@@ -62,41 +94,115 @@ def cells() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
+def command(arm: str, seed: int, folder: Path) -> list[str]:
+    """The trainer's command line."""
+    spec = ARMS[arm]
+    line = [sys.executable, spec.script, "--config", f"configs/{spec.config}.yaml"]
+    line += ["--output_dir", str(folder), "--seed", str(seed)]
+    for name, value in spec.overrides.items():
+        line += [f"--{name}", value]
+    return line
+
+
 def run_cell(arm: str, seed: int) -> None:
     from alignkit.evaluate import reward
 
-    config, overrides, prompts = ARMS[arm]
-    cell = key(arm, seed)
+    spec, cell = ARMS[arm], key(arm, seed)
     name = f"{arm.replace(' ', '_').replace(':', '')}_{seed}_{cell['config']}_{cell['world_hash']}"
     folder = ROOT / "runs" / "benchmarks" / name
-    command = [sys.executable, "training/alignprop.py", "--config", f"configs/alignprop/{config}.yaml"]
-    command += ["--output_dir", str(folder), "--seed", str(seed)]
-    for name, value in overrides.items():
-        command += [f"--{name}", value]
-    subprocess.run(command, cwd=ROOT, check=True)
-    base, lora = reward(lora=[str(folder)], prompts=prompts)
+    line, loras = command(arm, seed, folder), []
+    for updates in spec.updates:
+        lora = folder / f"after_{updates}"
+        if not lora.exists():
+            subprocess.run([*line, "--max_train_steps", str(updates)], cwd=ROOT, check=True)
+            lora.mkdir()
+            shutil.copy(folder / "pytorch_lora_weights.safetensors", lora)
+        loras.append(str(lora))
+    if spec.updates:
+        base, *rows = reward(lora=loras, prompts=spec.prompts, number=RACE_IMAGES)
+        cell["curve"] = curve(spec, folder, rows)
+    else:
+        subprocess.run(line, cwd=ROOT, check=True)
+        base, *rows = reward(lora=[str(folder)], prompts=spec.prompts)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    for row in (base, lora):
+    for row in (base, rows[-1]):
         del row["model"]
     with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(cell | {"commit": commit, "base": base, "lora": lora}) + "\n")
+        file.write(json.dumps(cell | {"commit": commit, "base": base, "lora": rows[-1]}) + "\n")
+
+
+def curve(spec: Arm, folder: Path, rows: Sequence[dict]) -> list[dict]:
+    """Images that the reward has scored, seconds of training, gain and kept objects, after each of `spec.updates`."""
+    from alignkit.artifacts import read_events
+
+    events = read_events(folder / "events.jsonl")
+    batch = next(event["global_batch"] for event in events if event["type"] == "start")
+    seconds = [batch / event["images_per_second"] for event in events if event["type"] == "scalars"]
+    return [
+        {
+            "images": updates * batch * spec.scored,
+            "seconds": round(sum(seconds[:updates]), 1),
+            "gain": row["aesthetic_gain_sd"],
+            "present_kept": row["present_kept"],
+        }
+        for updates, row in zip(spec.updates, rows, strict=True)
+    ]
+
+
+def first_reached(points: Sequence[dict], what: str) -> float | None:
+    """Images or seconds at which the gain first is GOAL, linear between points, from (0, 0); None where it is not."""
+    before = {"gain": 0.0, what: 0.0}
+    for point in points:
+        if point["gain"] >= GOAL:
+            share = (GOAL - before["gain"]) / (point["gain"] - before["gain"])
+            return before[what] + share * (point[what] - before[what])
+        before = point
+    return None
+
+
+def race(current: Sequence[dict]) -> str:
+    """Markdown: gain against images and time for each arm and seed, and how much longer it took than AlignProp."""
+    rows = [
+        f"| arm | seed | gain in SD at (images scored; minutes) | first +{GOAL} SD | times AlignProp: images | time |",
+        "|---" * 6 + "|",
+    ]
+    reference = {cell["seed"]: cell["curve"] for cell in current if cell["arm"] == "AlignProp"}
+    for cell in current:
+        points = cell["curve"]
+        gains = ", ".join(f"{p['gain']:+.2f} ({p['images']:,}; {p['seconds'] / 60:.1f})" for p in points)
+        images, seconds = first_reached(points, "images"), first_reached(points, "seconds")
+        reached = "not reached" if images is None else f"{images:,.0f} images, {seconds / 60:.1f} min"
+        ratios = [times(points, reference.get(cell["seed"], []), what) for what in ("images", "seconds")]
+        rows.append(f"| {cell['arm']} | {cell['seed']} | {gains} | {reached} | {' | '.join(ratios)} |")
+    return "\n".join(rows)
+
+
+def times(points: Sequence[dict], reference: Sequence[dict], what: str) -> str:
+    """How many times as much as the reference it took; a lower bound where it has not got there."""
+    theirs, ours = first_reached(reference, what), first_reached(points, what)
+    if theirs is None:
+        return ""
+    return f"more than {points[-1][what] / theirs:.1f} times" if ours is None else f"{ours / theirs:.1f} times"
 
 
 def table() -> str:
-    """Markdown: for each arm, every seed's gain in the figures that the arm is about."""
+    """Markdown: for each arm, every seed's gain in the figures that the arm is about; then the race."""
     figures = ["aesthetic_gain_sd", "present", "alignment", "exact", "pieces_matching", "present_kept"]
     rows = ["| arm | seed | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
-    current = [cell for cell in cells() if key(cell["arm"], cell["seed"]).items() <= cell.items()]
-    for cell in sorted(current, key=lambda c: (list(ARMS).index(c["arm"]), c["seed"])):
+    current = [
+        cell for cell in cells() if cell["arm"] in ARMS and key(cell["arm"], cell["seed"]).items() <= cell.items()
+    ]
+    current.sort(key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
+    for cell in current:
         values = []
         for figure in figures:
             before, after = cell["base"].get(figure), cell["lora"].get(figure)
             alone = figure in ("aesthetic_gain_sd", "present_kept")
             values.append("" if after is None else f"{after}" if alone else f"{before} → {after}")
         rows.append(f"| {cell['arm']} | {cell['seed']} | " + " | ".join(values) + " |")
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n\n" + race([cell for cell in current if "curve" in cell])
 
 
 def main() -> None:

@@ -1,0 +1,298 @@
+"""What trainers share that tune a LoRA by a reward, however they follow it: config, judges, validation, early stop.
+
+The first half is the config that such a trainer's own inherits from; then what scores images, then what draws the fixed
+validation images again and again, ends the run that exploits its reward, and writes the folder.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alignkit.artifacts import LORA_WEIGHTS, read_events, save_lora, save_strip, write_card
+from alignkit.base import Base
+from alignkit.config import LoraConfig, RunConfig, to_dict
+from alignkit.data import Prompts, read_prompts
+from alignkit.rewards import Combined, RewardConfig, WeightedRewards
+from alignkit.rewards.clip import Encoder
+from alignkit.run import Run
+from alignkit.sampling import sample
+
+
+@dataclass
+class EarlyStopConfig:
+    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds."""
+
+    enabled: bool = False
+    """Off: only log."""
+    min_diversity: float = 0.5
+    """Stop when the diversity falls below this share of the base's."""
+    monitor_drop: float = 0.5
+    """Stop when a monitor has been this far below its best, in standard deviations of the base's scores, ..."""
+    patience: int = 2
+    """... for this many validations in a row, while the trained reward was above what it was at that best."""
+
+    def __post_init__(self):
+        if self.patience < 1:
+            raise ValueError(f"early_stop.patience: expected at least 1, got {self.patience}")
+
+
+@dataclass
+class RewardTuningConfig(RunConfig):
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter that is trained."""
+    rewards: list[RewardConfig] = field(default_factory=list)
+    """What is optimised: a weighted sum."""
+    monitors: list[RewardConfig] = field(default_factory=list)
+    """Logged beside it, never optimised; weight and loss have no effect. The first with a CLIP measures diversity."""
+    prompt_file: str = ""
+    """Prompts to train on: .txt, one a line, or .jsonl with `prompt` and columns for the rewards."""
+    negative_prompt: str = ""
+    """For classifier-free guidance."""
+    num_images_per_prompt: int = 1
+    """Samples that share a prompt each time it comes."""
+    num_inference_steps: int = 50
+    """N, the denoising steps."""
+    guidance_scale: float = 7.5
+    """Of classifier-free guidance; 1 turns it off."""
+    resolution: int | None = None
+    """Side of the images in pixels; null is the base's own."""
+    validation_prompt_file: str | None = None
+    """Prompts of the validation, same format; null takes those of prompt_file."""
+    num_validation_images: int = 16
+    """Image i is of validation prompt i (starting over at the end) and seed i."""
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig, metadata={"free": True})
+    """When to end a run that exploits its reward."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_images_per_prompt", "num_inference_steps", "num_validation_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.rewards:
+            raise ValueError("rewards: expected at least one reward, got none")
+        if not self.prompt_file:
+            raise ValueError("prompt_file: expected a .txt or .jsonl file, got none")
+        if self.validation_steps % self.logging_steps:
+            raise ValueError(
+                f"validation_steps: expected a multiple of logging_steps ({self.logging_steps}), as its results are "
+                f"logged with the others, got {self.validation_steps}"
+            )
+
+    @property
+    def lora_alpha(self) -> float:
+        return self.lora.rank if self.lora.alpha is None else self.lora.alpha
+
+
+# Prompts
+
+
+def read_training_prompts(cfg: RewardTuningConfig) -> tuple[Prompts, Prompts]:
+    """The prompts to train on and those of the validation images, one an image. Raises as `read_prompts`."""
+    prompts = read_prompts(cfg.prompt_file)
+    fixed = read_prompts(cfg.validation_prompt_file) if cfg.validation_prompt_file else prompts
+    return prompts, fixed.rows([i % len(fixed) for i in range(cfg.num_validation_images)])
+
+
+def choose_prompt(run: Run, num_prompts: int, n: int) -> int:
+    """Of all prompts that a run ever takes, the n-th: every prompt once in each epoch, in a seeded order."""
+    epoch, position = divmod(n, num_prompts)
+    return int(torch.randperm(num_prompts, generator=run.generator(epoch, tag="prompts"))[position])
+
+
+# Scores
+
+
+class Judges(nn.Module):
+    """What is optimised, and what watches it."""
+
+    def __init__(self, rewards: WeightedRewards, monitors: WeightedRewards | None):
+        super().__init__()
+        self.rewards, self.monitors = rewards, monitors
+        encoders = [getattr(monitor, "encoder", None) for monitor in monitors.rewards] if monitors else []
+        self.encoder = next((encoder for encoder in encoders if isinstance(encoder, Encoder)), None)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, batch: Prompts, scores: Combined | None = None) -> dict[str, Tensor]:
+        """loss, reward/*, monitor/* [B] and features [B, D] of images; `scores` are the rewards', if they are known."""
+        scores = self.rewards(images, batch.prompts, **batch.columns) if scores is None else scores
+        measured = {"loss": scores.loss.detach()}
+        measured |= {f"reward/{label}": value.detach() for label, value in scores.values.items()}
+        if self.monitors:
+            values = self.monitors(images, batch.prompts, **batch.columns).values
+            measured |= {f"monitor/{label}": value for label, value in values.items()}
+        return measured | {"features": self.features(images)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D], whose distances say how different images are: CLIP's of a monitor, else the RMS of coarse pixels."""
+        if self.encoder:
+            return self.encoder.embed_images(images)
+        coarse = F.adaptive_avg_pool2d(images, 16).flatten(1)
+        return coarse / math.sqrt(coarse.shape[1])
+
+
+def diversity(features: Tensor) -> float:
+    """Mean distance between two images of a batch, by their features [B, D]."""
+    return float(F.pdist(features).mean()) if len(features) > 1 else 0.0
+
+
+def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
+    """Frobenius norm of all weight updates scale B A, by |B A|^2 = <B^T B, A A^T> without forming B A."""
+    scale = 1.0 if cfg.alpha is None else cfg.alpha / cfg.rank
+    squared = 0.0
+    for name, down in lora.items():
+        if ".lora_A." in name:
+            a, b = down.detach().flatten(1), lora[name.replace(".lora_A.", ".lora_B.")].detach().flatten(1)
+            squared += float(((b.T @ b) * (a @ a.T)).sum())
+    return scale * math.sqrt(max(0.0, squared))
+
+
+# Validation
+
+
+class Validation:
+    """Fixed prompts and seeds: what the base draws of them, what the LoRA makes of that, and when that ends the run.
+
+    Make it after `run.prepare`; `history` is a list in the run's extra state, which the early stop looks back on.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        cfg: RewardTuningConfig,
+        base: Base,
+        lora: dict[str, nn.Parameter],
+        judges: Judges,
+        prompts: Prompts,
+        history: list[dict[str, Any]],
+    ):
+        self.run, self.cfg, self.base, self.lora, self.judges, self.prompts = run, cfg, base, lora, judges, prompts
+        self.history, self.images = history, None
+        started = time.perf_counter()
+        base.network.disable_adapters()
+        self.base_images = self.draw()
+        base.network.enable_adapters()
+        self.base_measured = judges.measure(self.base_images, prompts)
+        self.start = self.summary(self.base_measured)
+        if run.position == 0:
+            run.show(0, "base", self.base_images, prompts.prompts)
+        if cfg.dry_run and run.is_main:
+            seconds = time.perf_counter() - started
+            times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
+            print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """[N, 3, H, W]: the pixels that the stock pipeline draws for the same prompts and generators."""
+        self.base.network.eval()
+        cfg, images = self.cfg, []
+        size = (cfg.resolution, cfg.resolution)
+        for first in range(0, len(self.prompts), cfg.train_batch_size):
+            prompts = self.prompts.prompts[first : first + cfg.train_batch_size]
+            generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
+            x_T = randn_tensor((len(prompts), *self.base.latent_shape(*size)), generators, self.base.device)
+            denoiser = self.base.denoiser(prompts, cfg.negative_prompt, cfg.guidance_scale, *size)
+            timesteps = self.base.timesteps(cfg.num_inference_steps, *size)
+            images.append(self.base.decode(sample(denoiser, x_T, self.base.schedule, timesteps, None)))
+        return torch.cat(images)
+
+    def measure(self, step: int) -> dict[str, Tensor | float]:
+        """What to log of the images at the end of a step; nothing where no validation is due."""
+        self.images = None
+        if not self.run.every(self.cfg.validation_steps, step) or self.cfg.dry_run:
+            return {}
+        with self.run.averaged():
+            self.images, norm = self.draw(), lora_norm(self.lora, self.cfg.lora)
+        measured = self.judges.measure(self.images, self.prompts)
+        self.history.append(self.summary(measured))
+        self.run.show(step, "validation", self.images, self.prompts.prompts)
+        del measured["features"]
+        return {f"validation/{name}": value for name, value in measured.items()} | {
+            "validation/diversity": self.history[-1]["diversity"],
+            "drift/images": (self.images - self.base_images).square().mean((1, 2, 3)).sqrt(),
+            "drift/lora_norm": norm,
+        }
+
+    def reason_to_stop(self) -> str | None:
+        """After a `measure` that was due; if one process has a reason, by a rounding error, all have."""
+        if self.images is None:
+            return None
+        reason = reason_to_stop([self.start, *self.history], self.cfg.early_stop)
+        anywhere = self.run.gather(torch.tensor([int(reason is not None)], device=self.run.device)).any()
+        return (reason or "as another process did") if anywhere else None
+
+    def summary(self, measured: dict[str, Tensor]) -> dict[str, Any]:
+        """Trained reward, diversity, each monitor's gain over the base in standard deviations of the base's scores."""
+        base = {name: values for name, values in self.base_measured.items() if name.startswith("monitor/")}
+        return {
+            "reward": -float(measured["loss"].mean()),
+            "diversity": diversity(measured["features"]),
+            "monitors": {
+                name: float((measured[name] - values).mean() / values.std(correction=0).clamp(min=1e-6))
+                for name, values in base.items()
+            },
+        }
+
+
+def reason_to_stop(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> str | None:
+    """Of the summaries of a run's validations, the base's first: why it should end here, if it should."""
+    if not cfg.enabled:
+        return None
+    start, now = history[0], history[-1]
+    if now["diversity"] < cfg.min_diversity * start["diversity"]:
+        return f"the diversity of the validation images fell from {start['diversity']:.3g} to {now['diversity']:.3g}"
+    for name in start["monitors"]:
+        best = max(history, key=lambda summary: summary["monitors"][name])
+        threshold = best["monitors"][name] - cfg.monitor_drop
+        exploited = [s["monitors"][name] < threshold and s["reward"] > best["reward"] for s in history[-cfg.patience :]]
+        if len(exploited) == cfg.patience and all(exploited):
+            drop = best["monitors"][name] - now["monitors"][name]
+            return f"{name} fell by {drop:.2f} of the base's standard deviations while the trained reward rose"
+    return None
+
+
+# What it leaves behind
+
+
+def export(run: Run, validation: Validation, method: str, tag: str, source: str, stopped: str | None) -> None:
+    """The LoRA, a picture of what it changed, the curves, and a card: on every process, at the end of a run.
+
+    `method` is its name in words, `source` the script and what it follows.
+    """
+    cfg, base, folder, prompts = validation.cfg, validation.base, run.output_dir, validation.prompts.prompts
+    with run.averaged():
+        if validation.images is None:
+            validation.images = validation.draw()
+        if not run.is_main:
+            return
+        save_lora(folder, base.network)
+    shown = min(8, len(prompts))
+    save_strip(folder / "before_after.png", [validation.base_images[:shown], validation.images[:shown]])
+    columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(prompts[:shown]))
+    write_card(
+        folder,
+        title=f"{method} LoRA of {cfg.pretrained_model_name_or_path}",
+        description=(
+            f"Trained with {' + '.join(f'{r.weight:g} x {r.name}' for r in cfg.rewards)} by {source}"
+            f"{f'; {stopped}' if stopped else ''}.\n\n"
+            f"Load it with `pipe.load_lora_weights(folder)`. Above the base, below the LoRA; the columns:\n\n{columns}"
+        ),
+        base_model=cfg.pretrained_model_name_or_path,
+        config=to_dict(cfg),
+        events=read_events(folder / "events.jsonl"),
+        pictures=[folder / "before_after.png"],
+        tags=["lora", tag],
+    )
+    print(
+        f"{stopped or 'finished'}\n"
+        f"picture: {folder / 'before_after.png'}\n"
+        f"curves:  {folder / 'curves.png'}\n"
+        f"LoRA:    {folder / LORA_WEIGHTS}",
+        flush=True,
+    )

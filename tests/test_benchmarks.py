@@ -1,0 +1,85 @@
+"""The tables of the benchmarks, from rows that are made up, and the command lines of their cells."""
+
+import json
+
+import pytest
+
+from alignkit.config import parse
+from tests.benchmarks import alignprop_emoji
+from tests.benchmarks.alignprop_emoji import ARMS, ROOT, SEEDS, command, curve, first_reached, key, table
+from training import alignprop, ddpo
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_cell_is_a_command_that_its_trainer_understands(arm, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, *line = command(arm, 1, tmp_path)[1:]
+    trainer = {"training/alignprop.py": alignprop, "training/ddpo.py": ddpo}[script]
+    cfg = parse(trainer.Config, line)
+    assert cfg.seed == 1 and cfg.lr_scheduler == "constant"  # so that prolonging a run changes nothing in it
+    updates = ARMS[arm].updates
+    assert list(updates) == sorted(updates)
+    if arm == "DDPO":
+        assert cfg.train_batch_size * cfg.gradient_accumulation_steps * updates[-1] == 4096
+        assert all(n % cfg.updates_per_round == 0 for n in updates)
+
+
+def test_the_race_trains_on_one_thing():
+    """Base, rewards, prompts, steps, guidance and LoRA of DDPO are AlignProp's."""
+    one, two = (
+        parse(trainer.Config, ["--config", str(ROOT / "configs" / f"{name}/emoji.yaml")])
+        for name, trainer in (("alignprop", alignprop), ("ddpo", ddpo))
+    )
+    for name in ("pretrained_model_name_or_path", "rewards", "prompt_file", "num_inference_steps", "guidance_scale"):
+        assert getattr(one, name) == getattr(two, name)
+    assert one.lora == two.lora and one.learning_rate == two.learning_rate
+    assert one.train_batch_size == two.train_batch_size
+
+
+def points(*gains_and_images) -> list[dict]:
+    return [
+        {"images": images, "seconds": 60.0 * images, "gain": gain, "present_kept": 1.0}
+        for gain, images in gains_and_images
+    ]
+
+
+def test_where_the_goal_is_first_reached():
+    assert first_reached(points((1.0, 100), (2.0, 200)), "images") == 50
+    assert first_reached(points((0.25, 100), (0.75, 200), (0.1, 300)), "seconds") == 60 * 150
+    assert first_reached(points((-0.5, 100), (0.0, 200)), "images") is None
+    assert first_reached([], "images") is None
+
+
+def test_a_curve_reads_the_time_off_the_run(tmp_path):
+    events = [{"type": "start", "step": 0, "global_batch": 16}]
+    events += [{"type": "scalars", "step": i, "images_per_second": 8.0} for i in range(60)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    spec = ARMS["DRaFT-LV"]
+    rows = [{"aesthetic_gain_sd": 0.1 * i, "present_kept": 1.0} for i in range(len(spec.updates))]
+    drawn = curve(spec, tmp_path, rows)
+    assert [point["seconds"] for point in drawn] == [2.0 * n for n in spec.updates]
+    assert drawn[-1]["images"] == 60 * 16 * 3  # of each image, two copies beside it
+
+
+def test_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignprop_emoji, "RESULTS", tmp_path / "results.jsonl")
+    base, lora = {"present": 0.8, "aesthetic_gain_sd": 0.0}, {"present": 0.7, "aesthetic_gain_sd": 1.0}
+    curves = {
+        "AlignProp": points((0.25, 100), (0.75, 200)),
+        "ReFL": points((0.5, 300)),
+        "DDPO": points((0.1, 2000), (0.4, 4096)),
+    }
+    rows = [
+        key(arm, seed) | {"base": base, "lora": lora} | ({"curve": curves[arm]} if arm in curves else {})
+        for seed in SEEDS
+        for arm in ("DDPO", "aesthetic", "AlignProp", "ReFL")
+    ]
+    rows.append(rows[0] | {"config": "old"})
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = table().split("\n\n")
+    assert len(first.splitlines()) == 2 + 12 and "| aesthetic | 0 | 1.0 | 0.8 → 0.7 |" in first
+    lines = second.splitlines()
+    assert len(lines) == 2 + 9
+    assert "| AlignProp | 0 | +0.25 (100; 100.0), +0.75 (200; 200.0) | 150 images, 150.0 min | 1.0 times |" in second
+    assert "| ReFL | 2 | +0.50 (300; 300.0) | 300 images, 300.0 min | 2.0 times | 2.0 times |" in second
+    assert "not reached | more than 27.3 times | more than 27.3 times |" in second
