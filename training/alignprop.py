@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import make_image_grid, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Resampling
@@ -41,8 +40,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignkit.artifacts import LORA_WEIGHTS, atomic, read_events, save_lora, write_card
-from alignkit.base import Base, add_lora, load_base
-from alignkit.config import LoraConfig, RunConfig, parse, to_dict
+from alignkit.base import Base, add_lora
+from alignkit.config import LoraConfig, RunConfig, command, to_dict
 from alignkit.data import Prompts, read_prompts
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine, probe
 from alignkit.rewards.clip import Encoder
@@ -145,17 +144,7 @@ def train(cfg: Config) -> Path:
     fixed = fixed.rows([i % len(fixed) for i in range(cfg.num_validation_images)])
 
     run = Run(cfg, "alignprop")
-    base = load_base(
-        cfg.pretrained_model_name_or_path,
-        dtype=run.weight_dtype,
-        device=run.device,
-        config=cfg.base_config,
-        random_init=cfg.random_init,
-        shrink=cfg.shrink,
-    )
-    if run.device.type == "cpu" and base.family.network == "unet":
-        # there, the fused attention's backward takes twice the time of the plain one's
-        base.unet.set_attn_processor(AttnProcessor())
+    base = run.load_base()
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
     lora = add_lora(base.network, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
@@ -413,11 +402,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, argv)
-    try:
-        train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(Config, train, argv)
 
 
 if __name__ == "__main__":
