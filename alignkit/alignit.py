@@ -19,8 +19,8 @@ what is inferred. Used on stock pipelines of SD 1.x, SD 2.x and SDXL:
 
 How it is done depends on what the customiser changed. Where that is the text alone, rows of the prompt's embedding are
 exchanged and the network is not touched. Where W_k and W_v differ, or what is infused depends on the layer or the
-timestep, the network reads from a context bank (attention.py): each prompt's embedding carries the prompt's number in
-one more row, and at every call that row is exchanged for the contexts of all layers.
+timestep, the network reads from a context bank (attention.py): each prompt's embedding is marked with the prompt's
+number (marker.py) and, at every call, exchanged for the contexts of all layers.
 """
 
 import copy
@@ -36,7 +36,8 @@ import torch
 from diffusers.models import attention_processor
 from torch import Tensor, nn
 
-from alignkit.attention import context_bank, paired_projections, projection_pairs, text_layers
+from alignkit.attention import paired_projections, projection_pairs, text_layers
+from alignkit.marker import is_marked, marked, numbered_bank, unmarked
 
 PROCESSORS = (
     "AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor",
@@ -53,7 +54,6 @@ CACHES = (
     "taylorseer",
     "text_kv_cache",
 )
-BASE = 256  # digits of a number that bfloat16 holds exactly
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,7 @@ def alignit(
         if two_weights or varies or not everywhere:
             where = torch.tensor([float(layers is None or name in layers) for name in names])
             numbers = _Bank(text, two_weights, infuse, strength, where, timesteps)
-            stack.enter_context(context_bank(pipe.unet, numbers))
-            nets = getattr(pipe, "controlnet", None)
-            for net in getattr(nets, "nets", [nets] if nets is not None else []):
-                stack.enter_context(context_bank(net, _base_rows(text.window)))
+            stack.enter_context(numbered_bank(pipe, numbers, text.window))
             if two_weights:
                 stack.enter_context(paired_projections(pairs))
         handle = pipe.unet.register_forward_pre_hook(lambda *_: _check_network(pipe, RuntimeError))
@@ -446,7 +443,7 @@ def _placed(
     strength: float,
 ) -> Tensor | None:
     """The base's embeddings [B, S, D] with the concepts' rows or, for the bank, the prompts' numbers behind them."""
-    if embeds is None or (not prompts and _is_marked(embeds, text.window)):
+    if embeds is None or (not prompts and is_marked(embeds, text.window)):
         return embeds
     images = num_images_per_prompt if len(prompts) > 1 else len(embeds)
     prompts = [prompt for prompt in prompts for _ in range(images)]
@@ -460,7 +457,7 @@ def _placed(
                 keys, _, mask = _infused(text, prompt, 0.0, rows[i])
                 rows[i] = torch.where(mask, torch.lerp(rows[i], keys[0], strength), rows[i])
     embeds = torch.stack(rows)
-    return embeds if bank is None else _marked(embeds, numbers)
+    return embeds if bank is None else marked(embeds, numbers)
 
 
 def _infused(text: _Text, prompt: _Prompt, timestep: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -503,10 +500,10 @@ class _Bank:
 
     def __call__(self, text: Tensor, timestep: Tensor) -> Tensor:
         """[B, S + 1, D] -> [B, L, S, 2 D]; with two sets of weights [B, L, 2 S, 2 D], the base's rows first."""
-        if not _is_marked(text, self.text.window):  # given to the network past the pipeline
+        if not is_marked(text, self.text.window):  # given to the network past the pipeline
             return self._joined(text[:, None], None, None)
-        numbers = (text[:, -1, 0].float() + BASE * text[:, -1, 1].float()).round().long().tolist()
-        text = text[:, None, :-1]
+        text, numbers = unmarked(text)
+        text = text[:, None]
         if not any(numbers):
             return self._joined(text, None, None)
         timesteps = timestep.tolist()
@@ -534,29 +531,6 @@ class _Bank:
                 parts = [(1 - w) * text, w * infused[number]]
             sides.append(torch.cat(parts, dim=2) if self.two_weights else parts[0] + parts[1])
         return torch.cat(sides, dim=-1)
-
-
-def _marked(embeds: Tensor, numbers: list[int]) -> Tensor:
-    """[B, S, D] with one row more that holds the prompt's number: repeating, guidance and batching carry it along."""
-    number = torch.tensor(numbers, device=embeds.device)
-    row = torch.zeros_like(embeds[:, :1])
-    row[:, 0, 0], row[:, 0, 1] = (number % BASE).to(row.dtype), (number // BASE).to(row.dtype)
-    return torch.cat([embeds, row], dim=1)
-
-
-def _is_marked(embeds: Tensor, window: int) -> bool:
-    """One row longer than the text encoder's window, and zero behind the number."""
-    return embeds.shape[1] == window + 1 and not embeds[:, -1, 2:].any()
-
-
-def _base_rows(window: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """For a ControlNet: what the base reads."""
-
-    def source(text: Tensor, timestep: Tensor) -> Tensor:
-        text = text[:, :-1] if _is_marked(text, window) else text
-        return torch.cat([text, text], dim=-1)[:, None]
-
-    return source
 
 
 # What a pipeline is made of, and what cannot be used

@@ -1,6 +1,7 @@
 """Run: everything about a training that a paper would not mention. The only file that knows accelerate.
 
     run = Run(cfg, "alignprop")
+    base = run.load_base()
     run.prepare(params)                             # optimizer, EMA; resumes the newest checkpoint of cfg.output_dir
     for step in run.steps():
         for indices in run.micro_batches(step):     # global sample indices: this process's share of the global batch
@@ -49,6 +50,8 @@ from alignkit.artifacts import (
     save_tensors,
     sha256,
 )
+from alignkit.attention import use_plain_attention
+from alignkit.base import Base, load_base
 from alignkit.config import RunConfig
 from alignkit.optimizers import check_optimizer, make_optimizer
 
@@ -143,6 +146,20 @@ class Run:
                 print(f"report_to: {cfg.report_to} is not installed; going on with events.jsonl alone", flush=True)
 
     # Setting up
+
+    def load_base(self) -> Base:
+        """The config's base model, frozen, on this process's device and in `weight_dtype`."""
+        cfg = self.cfg
+        base = load_base(
+            cfg.pretrained_model_name_or_path,
+            dtype=self.weight_dtype,
+            device=self.device,
+            config=cfg.base_config,
+            random_init=cfg.random_init,
+            shrink=cfg.shrink,
+        )
+        use_plain_attention(base.network)
+        return base
 
     def prepare(
         self,

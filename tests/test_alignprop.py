@@ -153,9 +153,7 @@ def test_all_the_rest_at_once(config):
 def test_frozen_is_frozen_and_stock_diffusers_draws_the_same_pixels(config, tiny_model, monkeypatch):
     """The base is byte-equal after training; a fresh stock pipeline with the LoRA draws the validation images."""
     seen = {}
-    monkeypatch.setattr(
-        alignprop, "load_base", lambda *args, **kwargs: seen.setdefault("base", load_base(*args, **kwargs))
-    )
+    monkeypatch.setattr("alignkit.run.load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
     export = alignprop.export
 
     def spy(run, validation, *args):

@@ -329,9 +329,9 @@ def test_from_config_to_card(config, capsys):
 def test_frozen_is_frozen(config, tiny_model, tmp_path, monkeypatch):
     """Base and judge are byte-equal after training, the judge's running statistics included."""
     seen = {}
-    for name in ("load_base", "build_condition"):
-        real = getattr(controlnetpp, name)
-        monkeypatch.setattr(controlnetpp, name, lambda *a, n=name, r=real, **k: seen.setdefault(n, r(*a, **k)))
+    for module, real in (("alignkit.run", load_base), ("training.controlnetpp", build_condition)):
+        name = real.__name__
+        monkeypatch.setattr(f"{module}.{name}", lambda *a, n=name, r=real, **k: seen.setdefault(n, r(*a, **k)))
     model = save_segmenter(tmp_path / "segmenter")
     cfg = config(condition=ConditionConfig("segmentation", {"model": model}), reward_timesteps=ALL)
     train(cfg)

@@ -121,7 +121,7 @@ def test_accumulation_does_not_matter(config, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_is_trained_changes(config, method, monkeypatch):
     bases = []
-    monkeypatch.setattr(customize, "load_base", lambda *a, **k: bases.append(load_base(*a, **k)) or bases[-1])
+    monkeypatch.setattr("alignkit.run.load_base", lambda *a, **k: bases.append(load_base(*a, **k)) or bases[-1])
     cfg = config(method=method)
     train(cfg)
     base, fresh = bases[0], load_base(cfg.pretrained_model_name_or_path, random_init=True)

@@ -72,7 +72,7 @@ def draw(pipe, prompts: list[str], cfg: Config) -> torch.Tensor:
 def test_alignprop_trains_and_stock_diffusers_draws_the_same_pixels(name, folders, tmp_path, monkeypatch):
     """One update through the whole chain: base and LoRA draw in a fresh stock pipeline what they drew in training."""
     seen = {}
-    monkeypatch.setattr(alignprop, "load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
+    monkeypatch.setattr("alignkit.run.load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
     export = alignprop.export
 
     def spy(run, validation, *args):

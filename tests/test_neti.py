@@ -70,7 +70,7 @@ def scalars(folder):
 @pytest.mark.parametrize("method", ["neti", "textual_inversion", "p_plus"])
 def test_a_run_leaves_a_concept_and_the_base_as_it_was(config, monkeypatch, method):
     seen = {}
-    monkeypatch.setattr(neti, "load_base", lambda *args, **kwargs: seen.setdefault("base", load_base(*args, **kwargs)))
+    monkeypatch.setattr("alignkit.run.load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
     folder = train(config(method=method, validation_steps=2))
     fresh = load_base("sd15", random_init=True, shrink=40)
     for module in ("unet", "vae", "text_encoder"):

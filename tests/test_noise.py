@@ -12,12 +12,7 @@ from diffusers import (
 from diffusers.training_utils import compute_snr
 
 from alignkit.noise import PREDICTION_TYPES, NoiseSchedule, draw_noise
-
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-
-
-def ddim(**config) -> DDIMScheduler:
-    return DDIMScheduler(**{**SD, "set_alpha_to_one": False, "steps_offset": 1, **config})
+from tests.tiny import SD_BETAS, ddim
 
 
 def schedule_of(prediction_type: str) -> NoiseSchedule:
@@ -150,8 +145,7 @@ def test_timesteps_out_of_range_are_refused():
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler])
 def test_any_discrete_scheduler_gives_the_same_noise(scheduler):
-    config = {key: value for key, value in SD.items() if key != "clip_sample"}
-    ours, theirs = NoiseSchedule.from_scheduler(scheduler(**config)), scheduler(**config)
+    ours, theirs = NoiseSchedule.from_scheduler(scheduler(**SD_BETAS)), scheduler(**SD_BETAS)
     torch.testing.assert_close(ours.alpha(torch.arange(1000)) ** 2, theirs.alphas_cumprod.double())
     if scheduler is not EulerDiscreteScheduler:  # it scales x_t by 1 / alpha_t
         x_0, noise, timestep = latents(0, torch.float32), latents(1, torch.float32), torch.tensor([7, 400, 999])
@@ -160,9 +154,7 @@ def test_any_discrete_scheduler_gives_the_same_noise(scheduler):
 
 def test_pndm_of_stable_diffusion_ends_at_the_first_alpha():
     """SD 1.x ships PNDM, set_alpha_to_one false: after the last step abar is abar_0 = 1 - beta_0 = 0.99915."""
-    schedule = NoiseSchedule.from_scheduler(
-        PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-    )
+    schedule = NoiseSchedule.from_scheduler(PNDMScheduler(**SD_BETAS, steps_offset=1))
     alpha, sigma = schedule.alpha_sigma(None)
     assert alpha.item() ** 2 == pytest.approx(0.99915, abs=1e-7)
     assert alpha.item() ** 2 + sigma.item() ** 2 == pytest.approx(1)

@@ -9,26 +9,21 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import Tensor
 
 from alignkit.noise import NoiseSchedule
 from alignkit.sampling import PLANS, GradientPlan, guided, sample
-
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+from tests.tiny import ddim, tiny_unet
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scheduler(**config) -> DDIMScheduler:
-    return DDIMScheduler(**{**SD, "set_alpha_to_one": False, "steps_offset": 1, **config})
-
-
-SCHEDULE = NoiseSchedule.from_scheduler(scheduler())
-TRAILING = NoiseSchedule.from_scheduler(scheduler(timestep_spacing="trailing"))
+SCHEDULE = NoiseSchedule.from_scheduler(ddim())
+TRAILING = NoiseSchedule.from_scheduler(ddim(timestep_spacing="trailing"))
 
 
 class Tiny:
@@ -36,16 +31,7 @@ class Tiny:
 
     def __init__(self, dtype=torch.float32, lora_dropout=0.0, batch=2):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=8,
-            norm_num_groups=4,
-        ).requires_grad_(False)
+        unet = tiny_unet().requires_grad_(False)
         unet.add_adapter(
             LoraConfig(r=4, lora_dropout=lora_dropout, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
         )
@@ -149,7 +135,7 @@ def test_the_prefix_without_graph_equals_a_detached_prefix(tiny):
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_a_suffix_is_plain_autograd_through_the_stock_scheduler(tiny, k):
     """The independent side: diffusers' DDIMScheduler.step, started at the stored x_{N-K}."""
-    stock = scheduler()
+    stock = ddim()
     stock.set_timesteps(10)
     denoiser, x_t = tiny.denoiser(), tiny.x_T
     for i, timestep in enumerate(stock.timesteps):

@@ -5,10 +5,17 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
-def save_tiny_model(folder: Path) -> str:
-    """A diffusers folder of configs: latents of 8 x 8 with a VAE factor of 2, 40 tokens."""
-    UNet2DConditionModel(
+
+def ddim(**config) -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(**{**SD_BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **config})
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """Latents [4, 8, 8], text of width 16; two layers read it."""
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -17,7 +24,12 @@ def save_tiny_model(folder: Path) -> str:
         cross_attention_dim=16,
         attention_head_dim=8,
         norm_num_groups=4,
-    ).save_config(folder / "unet")
+    )
+
+
+def save_tiny_model(folder: Path) -> str:
+    """A diffusers folder of configs: latents of 8 x 8 with a VAE factor of 2, 40 tokens."""
+    tiny_unet().save_config(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -34,13 +46,6 @@ def save_tiny_model(folder: Path) -> str:
         max_position_embeddings=40,
         projection_dim=16,
     ).save_pretrained(folder / "text_encoder")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
+    ddim().save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     return str(folder)

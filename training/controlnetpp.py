@@ -40,13 +40,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from diffusers import ControlNetModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from alignkit.artifacts import read_events, save_strip, write_card
-from alignkit.base import Base, load_base
+from alignkit.attention import use_plain_attention
+from alignkit.base import Base
 from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition, score
-from alignkit.config import DiffusionConfig, free, parse, to_dict
+from alignkit.config import DiffusionConfig, command, free, to_dict
 from alignkit.controlnet import (
     WEIGHTS,
     draw_controlled,
@@ -165,14 +165,7 @@ def train(cfg: Config) -> Path:
         fixed = open_controls(cfg.validation_data_dir, condition, cfg.condition_column)
 
     run = Run(cfg, "controlnetpp")
-    base = load_base(
-        cfg.pretrained_model_name_or_path,
-        dtype=run.weight_dtype,
-        device=run.device,
-        config=cfg.base_config,
-        random_init=cfg.random_init,
-        shrink=cfg.shrink,
-    )
+    base = run.load_base()
     base.require_family("StableDiffusionPipeline")
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
     size = image_size(base, cfg.resolution)
@@ -407,9 +400,7 @@ def make_controlnet(cfg: Config, base: Base) -> ControlNetModel:
         controlnet = new_controlnet(base.unet, base.vae_scale_factor, cfg.seed)
     else:
         controlnet = load_controlnet(path, base.unet, base.vae_scale_factor)
-    if base.unet.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
-        base.unet.set_attn_processor(AttnProcessor())
-        controlnet.set_attn_processor(AttnProcessor())
+    use_plain_attention(controlnet)
     if cfg.gradient_checkpointing:
         for module in (controlnet, base.unet, base.vae):
             module.enable_gradient_checkpointing()
@@ -511,11 +502,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, argv)
-    try:
-        train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(Config, train, argv)
 
 
 if __name__ == "__main__":

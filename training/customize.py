@@ -28,15 +28,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL.Image import Resampling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignkit.artifacts import atomic, read_events, remove, save_lora, write_card
-from alignkit.base import Base, add_lora, load_base
-from alignkit.config import DiffusionConfig, LoraConfig, free, parse, to_dict
+from alignkit.base import Base, add_lora
+from alignkit.config import DiffusionConfig, LoraConfig, command, free, to_dict
 from alignkit.customized import (
     cross_attention,
     fingerprint,
@@ -122,17 +121,8 @@ class Config(DiffusionConfig):
 def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the weights, concept.json and a card."""
     run = Run(cfg, "customize")
-    base = load_base(
-        cfg.pretrained_model_name_or_path,
-        dtype=run.weight_dtype,
-        device=run.device,
-        config=cfg.base_config,
-        random_init=cfg.random_init,
-        shrink=cfg.shrink,
-    )
+    base = run.load_base()
     base.require_family("StableDiffusionPipeline")
-    if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
-        base.unet.set_attn_processor(AttnProcessor())
     base_fingerprint = fingerprint(base.unet)
     side = image_side(base, cfg.resolution)
     instance_images = read_images(cfg.instance_data_dir, side)
@@ -413,11 +403,7 @@ def export(run: Run, cfg: Config, base: Base, text: Text, base_fingerprint: str,
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, argv)
-    try:
-        train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(Config, train, argv)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from alignkit.base import Base, add_lora, load_base
-from alignkit.config import parse
+from alignkit.base import Base, add_lora
+from alignkit.config import command
 from alignkit.data import Prompts
 from alignkit.reward_tuning import (
     Judges,
@@ -110,17 +109,7 @@ def train(cfg: Config) -> Path:
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "ddpo")
     check_round(cfg, run)
-    base = load_base(
-        cfg.pretrained_model_name_or_path,
-        dtype=run.weight_dtype,
-        device=run.device,
-        config=cfg.base_config,
-        random_init=cfg.random_init,
-        shrink=cfg.shrink,
-    )
-    if run.device.type == "cpu" and base.family.network == "unet":
-        # there, the fused attention's backward takes twice the time of the plain one's
-        base.unet.set_attn_processor(AttnProcessor())
+    base = run.load_base()
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, seed=cfg.seed)
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
@@ -293,11 +282,7 @@ def normalise(
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, argv)
-    try:
-        train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(Config, train, argv)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL.Image import Resampling
 from torch import Tensor
@@ -41,9 +40,9 @@ from torch.nn import functional as F
 
 from alignkit.artifacts import atomic, read_events, write_card
 from alignkit.attention import context_bank
-from alignkit.base import Base, load_base
+from alignkit.base import Base
 from alignkit.concepts import Concept, Concepts, create, encode_contexts, tokenize, towers
-from alignkit.config import DiffusionConfig, free, parse, to_dict
+from alignkit.config import DiffusionConfig, command, free, to_dict
 from alignkit.data import ConceptImage, load_image, read_concept_images
 from alignkit.noise import draw_noise
 from alignkit.run import Run
@@ -133,17 +132,8 @@ class Config(DiffusionConfig):
 def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the concept and its card."""
     run = Run(cfg, "neti")
-    base = load_base(
-        cfg.pretrained_model_name_or_path,
-        dtype=run.weight_dtype,
-        device=run.device,
-        config=cfg.base_config,
-        random_init=cfg.random_init,
-        shrink=cfg.shrink,
-    )
+    base = run.load_base()
     base.require_family("StableDiffusionPipeline")
-    if run.device.type == "cpu":  # there, the fused attention's backward takes twice the time of the plain one's
-        base.unet.set_attn_processor(AttnProcessor())
     if cfg.gradient_checkpointing:
         base.unet.train()  # where diffusers looks whether to; these models have no dropout
         base.unet.enable_gradient_checkpointing()
@@ -368,11 +358,7 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, argv)
-    try:
-        train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(Config, train, argv)
 
 
 if __name__ == "__main__":

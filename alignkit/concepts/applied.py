@@ -1,9 +1,8 @@
 """Concepts in a stock diffusers pipeline, for the time of a `with` block.
 
 The pipeline's `encode_prompt` is given the super-category in each placeholder's place, so that all that follows is what
-it always is. Behind each prompt's embedding one row is added that holds the prompt's number, and repeating, guidance
-and batching carry it along: at every call, the context bank reads from it what each row of the batch is to be replaced
-by, and takes it off. So nothing depends on the order of rows or on how many there are.
+it always is. Each prompt's embedding is marked with the prompt's number (marker.py), from which the context bank reads,
+at every call, what each row of the batch is to be replaced by.
 """
 
 import copy
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.attention import context_bank, text_layers
+from alignkit.attention import text_layers
 from alignkit.concepts.text import Tokens, encode_contexts, find, substitute, tokenize, towers
+from alignkit.marker import is_marked, marked, numbered_bank, unmarked
 
 CACHE_BYTES = 256 * 2**20  # of contexts, the least recently used go first
-BASE = 256  # digits of a number that bfloat16 holds exactly
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class _Source:
         self.concepts = {c.placeholder_token: replace(c, module=copy.deepcopy(c.module).eval()) for c in concepts}
         self.nouns = {c.placeholder_token: c.super_category_token for c in concepts}
         self.towers, self.num_layers, self.truncation = towers(pipe), len(text_layers(pipe.unet)), truncation
+        self.window = min(tower.max_length for tower in self.towers)
         self.varies_in_time = any(c.module.varies_in_time for c in concepts)
         self.prompts: list[_Prompt | None] = [None]
         self.numbers: dict[tuple, int] = {}
@@ -76,9 +76,9 @@ class _Source:
         return self.numbers[key]
 
     def __call__(self, text: Tensor, timestep: Tensor) -> Tensor | None:
-        if not _is_marked(text):
+        if not is_marked(text, self.window):
             return None
-        text, numbers = text[:, :-1], (text[:, -1, 0] + BASE * text[:, -1, 1].float()).round().long().tolist()
+        text, numbers = unmarked(text)
         plain = torch.cat([text, text], dim=-1)[:, None]
         if not any(numbers):
             return plain
@@ -122,11 +122,8 @@ class _Source:
 def attached(pipe: Any, concepts: Sequence[Any], truncation: int | None) -> Iterator[None]:
     """See `Concepts.applied`, which checks what it is given."""
     source = _Source(pipe, concepts, truncation)
-    nets = getattr(pipe, "controlnet", None)
     with ExitStack() as stack:
-        stack.enter_context(context_bank(pipe.unet, source))
-        for net in getattr(nets, "nets", [nets] if nets is not None else []):
-            stack.enter_context(context_bank(net, lambda text, _: None if not _is_marked(text) else _plain(text)))
+        stack.enter_context(numbered_bank(pipe, source, source.window))
         original = pipe.encode_prompt
         stack.callback(pipe.__dict__.pop, "encode_prompt")
         pipe.encode_prompt = _encode_prompt(original, source)
@@ -165,32 +162,21 @@ def _encode_prompt(original: Callable, source: _Source) -> Callable:
                 given[name] = [substitute(t, source.nouns) for t in text]
         prompt_embeds, negative_prompt_embeds, *rest = original(*bound.args, **bound.kwargs)
         return (
-            _marked(prompt_embeds, positive, images),
-            _marked(negative_prompt_embeds, negative, images),
+            _numbered(prompt_embeds, positive, images, source.window),
+            _numbered(negative_prompt_embeds, negative, images, source.window),
             *rest,
         )
 
     return encode_prompt
 
 
-def _marked(embeds: Tensor | None, numbers: list[int] | None, num_images_per_prompt: int) -> Tensor | None:
-    """Adds to [B, S, D] the row with the prompt's number; embeddings that a user brought are plain unless marked."""
-    if embeds is None or (numbers is None and _is_marked(embeds)):
+def _numbered(
+    embeds: Tensor | None, numbers: list[int] | None, num_images_per_prompt: int, window: int
+) -> Tensor | None:
+    """Marks [B, S, D] with the prompts' numbers; embeddings that a user brought are plain unless marked."""
+    if embeds is None or (numbers is None and is_marked(embeds, window)):
         return embeds
     numbers = [0] if numbers is None else numbers
     if len(numbers) > 1:
         numbers = [n for n in numbers for _ in range(num_images_per_prompt)]
-    number = torch.tensor(numbers, device=embeds.device).expand(len(embeds))
-    row = torch.zeros_like(embeds[:, :1])
-    row[:, 0, 0], row[:, 0, 1] = (number % BASE).to(row.dtype), (number // BASE).to(row.dtype)
-    return torch.cat([embeds, row], dim=1)
-
-
-def _is_marked(embeds: Tensor) -> bool:
-    """The added row is zero behind the number: no text encoder's output is."""
-    return not embeds[:, -1, 2:].any()
-
-
-def _plain(text: Tensor) -> Tensor:
-    text = text[:, :-1]
-    return torch.cat([text, text], dim=-1)[:, None]
+    return marked(embeds, numbers)

@@ -1,0 +1,53 @@
+"""Which prompt a row of the batch belongs to: one more row behind `prompt_embeds`, which holds the prompt's number.
+
+A stock pipeline repeats, joins and cuts its embeddings before the network sees them, each in its own way. What stands
+in a row of theirs goes through all of it, so nothing depends on the order of a batch or on how long it is. The context
+bank (attention.py) takes the row off again, before any layer reads it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.attention import ContextSource, context_bank
+
+BASE = 256  # digits of a number that bfloat16 holds exactly
+
+
+def marked(prompt_embeds: Tensor, numbers: Sequence[int]) -> Tensor:
+    """[B, S, D] and B numbers, or one for all (0 is plain text) -> [B, S + 1, D]."""
+    number = torch.tensor(numbers, device=prompt_embeds.device).expand(len(prompt_embeds))
+    row = torch.zeros_like(prompt_embeds[:, :1])
+    row[:, 0, 0], row[:, 0, 1] = (number % BASE).to(row.dtype), (number // BASE).to(row.dtype)
+    return torch.cat([prompt_embeds, row], dim=1)
+
+
+def is_marked(prompt_embeds: Tensor, window: int) -> bool:
+    """One row longer than the text encoder's window, and zero behind the number."""
+    return prompt_embeds.shape[1] == window + 1 and not prompt_embeds[:, -1, 2:].any()
+
+
+def unmarked(prompt_embeds: Tensor) -> tuple[Tensor, list[int]]:
+    """[B, S + 1, D] -> [B, S, D] and the numbers."""
+    low, high = prompt_embeds[:, -1, :2].float().unbind(-1)
+    return prompt_embeds[:, :-1], (low + BASE * high).round().long().tolist()
+
+
+@contextmanager
+def numbered_bank(pipe: Any, source: ContextSource, window: int) -> Iterator[None]:
+    """Inside, the U-Net reads the contexts of `source`, and the pipeline's ControlNets what stands before the mark."""
+
+    def plain(text: Tensor, timestep: Tensor) -> Tensor | None:
+        if not is_marked(text, window):
+            return None
+        return torch.cat([text[:, :-1]] * 2, dim=-1)[:, None]
+
+    nets = getattr(pipe, "controlnet", None)
+    with ExitStack() as stack:
+        stack.enter_context(context_bank(pipe.unet, source))
+        for net in getattr(nets, "nets", [nets] if nets is not None else []):
+            stack.enter_context(context_bank(net, plain))
+        yield
