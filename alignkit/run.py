@@ -486,7 +486,8 @@ class Run:
         holders["group"] = self.optimizer.param_groups[0]
         entries = {f"{name}/{key}": value for name, held in holders.items() for key, value in held.items()}
         tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-        numbers = {key: value for key, value in entries.items() if type(value) in (int, float)}
+        # a bound that is infinite is the optimizer's own setting, and JSON has no word for it
+        numbers = {key: v for key, v in entries.items() if type(v) in (int, float) and math.isfinite(v)}
         return tensors, numbers
 
     def _read(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -65,7 +65,7 @@ def test_a_judges_folder_whose_weights_do_not_fit_its_config(tmp_path):
     DensityCounter((8, 8, 8)).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"density.weight": torch.zeros(1, 16, 1, 1)}, path)
-    with pytest.raises(ValueError, match="count: the weights named by .* do not fit its model.*density.weight"):
+    with pytest.raises(ValueError, match=r"(?s)count: the weights named by .* do not fit its model.*density.weight"):
         build_reward("count", model=str(tmp_path))
     AestheticHead(5).save_pretrained(tmp_path / "head")
     with pytest.raises(ValueError, match="expected a head for embeddings of .* numbers .*, got one for 5"):
