@@ -105,6 +105,7 @@ class Run:
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
         self.global_batch = cfg.train_batch_size * cfg.gradient_accumulation_steps * self.num_processes
         self.position = 0
+        self._first_validation = 0.0
         self._writes = self.is_main and not cfg.dry_run
         self._signal = 0
         self._seed("start")
@@ -140,10 +141,16 @@ class Run:
         use_plain_attention(base.network)
         return base
 
-    def prepare(self, params: Mapping[str, nn.Parameter], extra_state: MutableMapping[str, Any] | None = None) -> None:
+    def prepare(
+        self,
+        params: Mapping[str, nn.Parameter],
+        extra_state: MutableMapping[str, Any] | None = None,
+        extra_tensors: MutableMapping[str, Tensor] | None = None,
+    ) -> None:
         """Makes AdamW (and EMA) over the named float32 parameters, and restores the newest checkpoint, if any.
 
-        `extra_state` is the method's own state, in JSON types: saved with each checkpoint, updated in place here.
+        `extra_state`, in JSON types, and `extra_tensors`, on the CPU, are the method's own: saved with each checkpoint,
+        updated in place here.
         """
         cfg = self.cfg
         wrong = [n for n, p in params.items() if p.dtype != torch.float32 or not p.requires_grad]
@@ -151,6 +158,7 @@ class Run:
             raise ValueError(f"expected parameters in float32 that require a gradient, got {wrong or 'none at all'}")
         self.params = dict(params)
         self.extra_state = {} if extra_state is None else extra_state
+        self.extra_tensors = {} if extra_tensors is None else extra_tensors
         for parameter in self.params.values():
             parameter.grad = torch.zeros_like(parameter)  # never None: each process then reduces the same buffer
             if self.num_processes > 1:
@@ -224,6 +232,13 @@ class Run:
                 "wandb": {"config": config.to_dict(self.cfg)},
             },
         )
+
+    @contextlib.contextmanager
+    def first_validation(self) -> Iterator[None]:
+        """Around a validation before the first step: a dry run takes its time for the others', which it leaves out."""
+        started = time.perf_counter()
+        yield
+        self._first_validation = time.perf_counter() - started
 
     # The loop
 
@@ -437,7 +452,8 @@ class Run:
             }
             with atomic(path) as temporary:
                 temporary.mkdir()
-                for file, tensors in (("trainable", self.params), ("ema", self.ema), ("optimizer", moments)):
+                files = {"trainable": self.params, "ema": self.ema, "optimizer": moments, "extra": self.extra_tensors}
+                for file, tensors in files.items():
                     save_tensors(tensors, temporary / f"{file}.safetensors")
                 state = {
                     "step": self.position,
@@ -485,6 +501,7 @@ class Run:
             self.optimizer.state[self.params[name]][moment] = tensor.clone().to(device)
         self.scaler.load_state_dict(state["scaler"])
         self.extra_state.update(state["extra_state"])
+        self.extra_tensors.update({name: tensor.clone() for name, tensor in tensors["extra"].items()})
         self.position = state["step"]
         if self.is_main:
             print(f"resuming {self.output_dir} at step {self.position}", flush=True)
@@ -535,12 +552,15 @@ class Run:
     def _report_dry_run(self) -> None:
         cfg = self.cfg
         update = self._updated_at - self._started
-        validation = time.perf_counter() - self._updated_at if cfg.validation_steps else 0.0
-        hours = cfg.max_train_steps * (update + validation / max(1, cfg.validation_steps)) / 3600
+        validation = self._first_validation + time.perf_counter() - self._updated_at
+        validations = int(self._first_validation > 0)
+        if cfg.validation_steps:
+            validations += math.ceil(cfg.max_train_steps / cfg.validation_steps)
+        hours = (cfg.max_train_steps * update + validations * validation) / 3600
         if self.is_main:
             print(
                 f"dry run: {update:.2f} s a step, {validation:.2f} s a validation, {hours:.2f} h for "
-                f"{cfg.max_train_steps} steps; {self._memory():.2f} GiB of memory; "
+                f"{cfg.max_train_steps} steps and {validations} validations; {self._memory():.2f} GiB of memory; "
                 f"{sum(p.numel() for p in self.params.values()):,} trained numbers. Nothing was written.",
                 flush=True,
             )

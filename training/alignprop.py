@@ -25,11 +25,11 @@ Ours besides: EMA, hinge loss, weighted sums, monitors and early stop, all off u
 """
 
 import math
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -69,7 +69,10 @@ class PlanConfig:
 
 @dataclass
 class EarlyStopConfig:
-    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds."""
+    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds.
+
+    A run that is stopped leaves the LoRA of its best validation: the highest mean of the monitors.
+    """
 
     enabled: bool = False
     """Off: only log."""
@@ -151,16 +154,12 @@ def train(cfg: Config) -> Path:
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 
-    state = {"validations": []}
-    run.prepare(lora, state)
-    started = time.perf_counter()
-    validation = Validation(cfg, base, judges, fixed)
+    state, best = {"validations": []}, {}
+    run.prepare(lora, state, best)
+    with run.first_validation():
+        validation = Validation(cfg, base, judges, fixed)
     if run.position == 0:
         run.show(0, "base", validation.base_images, fixed.prompts)
-    if cfg.dry_run and run.is_main:
-        seconds = time.perf_counter() - started
-        times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
-        print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
 
     stopped, shown = None, None
     for step in run.steps():
@@ -184,9 +183,11 @@ def train(cfg: Config) -> Path:
         if run.every(cfg.validation_steps, step) and not cfg.dry_run:
             with run.averaged():
                 shown, validated, summary = validation.measure(lora)
+                state["validations"].append(summary | {"step": step + 1})
+                if best_of([validation.start, *state["validations"]], cfg.early_stop) is state["validations"][-1]:
+                    best.update({name: parameter.detach().cpu().clone() for name, parameter in lora.items()})
             run.show(step, "validation", shown, fixed.prompts)
             scalars |= validated
-            state["validations"].append(summary)
         run.log(step, **scalars)
         if shown is not None:
             reason = reason_to_stop([validation.start, *state["validations"]], cfg.early_stop)
@@ -195,7 +196,12 @@ def train(cfg: Config) -> Path:
                 break
 
     with run.averaged():
-        shown = validation.draw() if shown is None else shown
+        kept = best_of([validation.start, *state["validations"]], cfg.early_stop) if stopped else None
+        if kept:
+            stopped += f"; the LoRA is that of step {kept['step']}, the best by its validation"
+            for name, parameter in lora.items():
+                parameter.data.copy_(best[name])
+        shown = validation.draw() if kept or shown is None else shown
         if run.is_main:
             export(run, cfg, base, fixed, validation.base_images, shown, stopped)
     run.finish(stopped)
@@ -334,6 +340,17 @@ def reason_to_stop(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> s
             drop = best["monitors"][name] - now["monitors"][name]
             return f"{name} fell by {drop:.2f} of the base's standard deviations while the trained reward rose"
     return None
+
+
+def best_of(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> dict[str, Any] | None:
+    """Of the summaries of a run's validations, the base's first: the one with the highest mean of the monitors.
+
+    None without an early stop, and where the diversity was too low in all of them. The trained reward counts where
+    there are no monitors.
+    """
+    start, *validations = history
+    diverse = [s for s in validations if cfg.enabled and s["diversity"] >= cfg.min_diversity * start["diversity"]]
+    return max(diverse, key=lambda s: fmean(s["monitors"].values() or [s["reward"]]), default=None)
 
 
 def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
