@@ -107,16 +107,16 @@ def context_bank(
         raise RuntimeError("This network reads from a context bank already: leave that first, or join the two sources.")
     projections = _projections(inner)
     width = projections[0][0].in_features
+    reading = [module for module in inner.modules() if _reads_text(module)]
+    attached = _parts(reading)
 
     def fill(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Replaces encoder_hidden_states [B, S, D] by the bank [B, L, S', 2 D]."""
-        if not torch.compiler.is_compiling():
-            now = _projections(inner)
-            if len(now) != len(projections) or any(a[0] is not b[0] for a, b in zip(now, projections, strict=True)):
-                raise RuntimeError(
-                    "The attention modules were exchanged while a context bank was attached. Load and unload adapters "
-                    "before attaching it."
-                )
+        if not torch.compiler.is_compiling() and _parts(reading) != attached:
+            raise RuntimeError(
+                "The attention modules were exchanged while a context bank was attached. Load and unload adapters "
+                "before attaching it."
+            )
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         text = contexts = given["encoder_hidden_states"]
         if source:
@@ -180,6 +180,12 @@ def _projections(denoiser: nn.Module) -> list[tuple[nn.Module, Callable]]:
                 if module is not None:
                     found.append((module, hook))
     return found
+
+
+def _parts(attentions: Sequence[Attention]) -> list:
+    """What an adapter, fusing, or Custom Diffusion's processors would exchange; a module is equal to itself alone."""
+    own = [getattr(a.processor, f"{name}_custom_diffusion", None) for a in attentions for name in ("to_k", "to_v")]
+    return own + [part for a in attentions for part in (a.to_k, a.to_v, a.fused_projections)]
 
 
 def _refuse_caches(denoiser: nn.Module) -> None:

@@ -5,9 +5,9 @@ validation images again and again, ends the run that exploits its reward, and wr
 """
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from alignkit.sampling import sample
 
 @dataclass
 class EarlyStopConfig:
-    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds."""
+    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds.
+
+    A run that is stopped leaves the LoRA of its best validation: the highest mean of the monitors.
+    """
 
     enabled: bool = False
     """Off: only log."""
@@ -159,7 +162,8 @@ def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
 class Validation:
     """Fixed prompts and seeds: what the base draws of them, what the LoRA makes of that, and when that ends the run.
 
-    Make it after `run.prepare`; `history` is a list in the run's extra state, which the early stop looks back on.
+    Make it after `run.prepare`. `history`, a list in the run's extra state, is what the early stop looks back on, and
+    `tensors`, the run's extra tensors, hold the LoRA of the best validation.
     """
 
     def __init__(
@@ -171,21 +175,18 @@ class Validation:
         judges: Judges,
         prompts: Prompts,
         history: list[dict[str, Any]],
+        tensors: MutableMapping[str, Tensor],
     ):
         self.run, self.cfg, self.base, self.lora, self.judges, self.prompts = run, cfg, base, lora, judges, prompts
-        self.history, self.images = history, None
-        started = time.perf_counter()
-        base.network.disable_adapters()
-        self.base_images = self.draw()
-        base.network.enable_adapters()
-        self.base_measured = judges.measure(self.base_images, prompts)
+        self.history, self.tensors, self.images, self.kept = history, tensors, None, None
+        with run.first_validation():
+            base.network.disable_adapters()
+            self.base_images = self.draw()
+            base.network.enable_adapters()
+            self.base_measured = judges.measure(self.base_images, prompts)
         self.start = self.summary(self.base_measured)
         if run.position == 0:
             run.show(0, "base", self.base_images, prompts.prompts)
-        if cfg.dry_run and run.is_main:
-            seconds = time.perf_counter() - started
-            times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
-            print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
 
     @torch.no_grad()
     def draw(self) -> Tensor:
@@ -209,8 +210,10 @@ class Validation:
             return {}
         with self.run.averaged():
             self.images, norm = self.draw(), lora_norm(self.lora, self.cfg.lora)
-        measured = self.judges.measure(self.images, self.prompts)
-        self.history.append(self.summary(measured))
+            measured = self.judges.measure(self.images, self.prompts)
+            self.history.append(self.summary(measured) | {"step": step + 1})
+            if self.best() is self.history[-1]:
+                self.tensors.update({f"best/{n}": p.detach().cpu().clone() for n, p in self.lora.items()})
         self.run.show(step, "validation", self.images, self.prompts.prompts)
         del measured["features"]
         return {f"validation/{name}": value for name, value in measured.items()} | {
@@ -219,13 +222,19 @@ class Validation:
             "drift/lora_norm": norm,
         }
 
-    def reason_to_stop(self) -> str | None:
-        """After a `measure` that was due; if one process has a reason, by a rounding error, all have."""
+    def best(self) -> dict[str, Any] | None:
+        return best_of([self.start, *self.history], self.cfg.early_stop)
+
+    def reason_to_stop(self, step: int) -> str | None:
+        """In words, after a `measure` that was due; if one process has a reason, by a rounding error, all have."""
         if self.images is None:
             return None
         reason = reason_to_stop([self.start, *self.history], self.cfg.early_stop)
-        anywhere = self.run.gather(torch.tensor([int(reason is not None)], device=self.run.device)).any()
-        return (reason or "as another process did") if anywhere else None
+        if not self.run.gather(torch.tensor([int(reason is not None)], device=self.run.device)).any():
+            return None
+        self.kept = self.best()
+        kept = f"; the LoRA is that of step {self.kept['step']}, the best by its validation" if self.kept else ""
+        return f"stopped early after {step + 1} steps: {reason or 'as another process did'}{kept}"
 
     def summary(self, measured: dict[str, Tensor]) -> dict[str, Any]:
         """Trained reward, diversity, each monitor's gain over the base in standard deviations of the base's scores."""
@@ -257,6 +266,17 @@ def reason_to_stop(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> s
     return None
 
 
+def best_of(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> dict[str, Any] | None:
+    """Of the summaries of a run's validations, the base's first: the one with the highest mean of the monitors.
+
+    None without an early stop, and where the diversity was too low in all of them. The trained reward counts where
+    there are no monitors.
+    """
+    start, *validations = history
+    diverse = [s for s in validations if cfg.enabled and s["diversity"] >= cfg.min_diversity * start["diversity"]]
+    return max(diverse, key=lambda s: fmean(s["monitors"].values() or [s["reward"]]), default=None)
+
+
 # What it leaves behind
 
 
@@ -267,7 +287,10 @@ def export(run: Run, validation: Validation, method: str, tag: str, source: str,
     """
     cfg, base, folder, prompts = validation.cfg, validation.base, run.output_dir, validation.prompts.prompts
     with run.averaged():
-        if validation.images is None:
+        if validation.kept:
+            for name, parameter in validation.lora.items():
+                parameter.data.copy_(validation.tensors[f"best/{name}"])
+        if validation.kept or validation.images is None:
             validation.images = validation.draw()
         if not run.is_main:
             return

@@ -124,6 +124,7 @@ class Run:
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
         self.global_batch = cfg.train_batch_size * cfg.gradient_accumulation_steps * self.num_processes
         self.position = 0
+        self._first_validation = 0.0
         self._writes = self.is_main and not cfg.dry_run
         if self._writes and cfg.push_to_hub:
             check_hub_login()
@@ -165,12 +166,12 @@ class Run:
         self,
         params: Mapping[str, nn.Parameter],
         extra_state: MutableMapping[str, Any] | None = None,
-        extra_tensors: Mapping[str, Tensor] | None = None,
+        extra_tensors: MutableMapping[str, Tensor] | None = None,
     ) -> None:
         """Makes the optimizer (and EMA) over the named float32 parameters, and restores the newest checkpoint, if any.
 
-        `extra_state` (in JSON types) and `extra_tensors` are the method's own state, equal on all processes: saved with
-        each checkpoint, updated in place here.
+        `extra_state`, in JSON types, and `extra_tensors`, on the CPU, are the method's own: saved with each checkpoint,
+        updated in place here.
         """
         cfg = self.cfg
         wrong = [n for n, p in params.items() if p.dtype != torch.float32 or not p.requires_grad]
@@ -178,7 +179,7 @@ class Run:
             raise ValueError(f"expected parameters in float32 that require a gradient, got {wrong or 'none at all'}")
         self.params = dict(params)
         self.extra_state = {} if extra_state is None else extra_state
-        self.extra_tensors = extra_tensors or {}
+        self.extra_tensors = {} if extra_tensors is None else extra_tensors
         for parameter in self.params.values():
             parameter.grad = torch.zeros_like(parameter)  # never None: each process then reduces the same buffer
             if self.num_processes > 1:
@@ -246,6 +247,13 @@ class Run:
                 "wandb": {"config": config.to_dict(self.cfg)},
             },
         )
+
+    @contextlib.contextmanager
+    def first_validation(self) -> Iterator[None]:
+        """Around a validation before the first step: a dry run takes its time for the others', which it leaves out."""
+        started = time.perf_counter()
+        yield
+        self._first_validation = time.perf_counter() - started
 
     # The loop
 
@@ -462,8 +470,8 @@ class Run:
             moments, scalars = self._optimizer_state()
             with atomic(path) as temporary:
                 temporary.mkdir()
-                files = {"trainable": self.params, "ema": self.ema, "optimizer": moments}
-                for file, tensors in (files | ({"extra": self.extra_tensors} if self.extra_tensors else {})).items():
+                files = {"trainable": self.params, "ema": self.ema, "optimizer": moments, "extra": self.extra_tensors}
+                for file, tensors in files.items():
                     save_tensors(tensors, temporary / f"{file}.safetensors")
                 state = {
                     "step": self.position,
@@ -515,8 +523,6 @@ class Run:
         self._set_params(tensors["trainable"])
         for name, average in self.ema.items():
             average.copy_(tensors["ema"][name])
-        for name, tensor in self.extra_tensors.items():
-            tensor.copy_(tensors["extra"][name])
         holders = {name: self.optimizer.state[parameter] for name, parameter in self.params.items()}
         holders["group"] = self.optimizer.param_groups[0]
         for key, value in (tensors["optimizer"] | state["optimizer"]).items():
@@ -528,6 +534,7 @@ class Run:
             holders[name][entry] = value
         self.scaler.load_state_dict(state["scaler"])
         self.extra_state.update(state["extra_state"])
+        self.extra_tensors.update({name: tensor.clone() for name, tensor in tensors["extra"].items()})
         self.position = state["step"]
         if self.is_main:
             print(f"resuming {self.output_dir} at step {self.position}", flush=True)
@@ -578,12 +585,15 @@ class Run:
     def _report_dry_run(self) -> None:
         cfg = self.cfg
         update = self._updated_at - self._started
-        validation = time.perf_counter() - self._updated_at if cfg.validation_steps else 0.0
-        hours = cfg.max_train_steps * (update + validation / max(1, cfg.validation_steps)) / 3600
+        validation = self._first_validation + time.perf_counter() - self._updated_at
+        validations = int(self._first_validation > 0)
+        if cfg.validation_steps:
+            validations += math.ceil(cfg.max_train_steps / cfg.validation_steps)
+        hours = (cfg.max_train_steps * update + validations * validation) / 3600
         if self.is_main:
             print(
                 f"dry run: {update:.2f} s a step, {validation:.2f} s a validation, {hours:.2f} h for "
-                f"{cfg.max_train_steps} steps; {self._memory():.2f} GiB of memory; "
+                f"{cfg.max_train_steps} steps and {validations} validations; {self._memory():.2f} GiB of memory; "
                 f"{sum(p.numel() for p in self.params.values()):,} trained numbers. Nothing was written.",
                 flush=True,
             )

@@ -18,7 +18,15 @@ from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, parse, to_dict
 from alignkit.data import read_prompts
 from alignkit.emoji import WEIGHTS_DIR
-from alignkit.reward_tuning import EarlyStopConfig, choose_prompt, diversity, lora_norm, reason_to_stop
+from alignkit.reward_tuning import (
+    EarlyStopConfig,
+    Validation,
+    best_of,
+    choose_prompt,
+    diversity,
+    lora_norm,
+    reason_to_stop,
+)
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from alignkit.sampling import PLANS
@@ -324,6 +332,39 @@ def test_reason_to_stop(validations, message):
     reason = reason_to_stop(history(*validations), EarlyStopConfig(enabled=True))
     assert reason is None if message is None else message in reason
     assert reason_to_stop(history(*validations), EarlyStopConfig(enabled=False)) is None
+
+
+def test_the_best_validation_is_that_of_the_monitors():
+    validations = history((0, 1, 0), (1, 0.9, 2), (3, 0.4, 9), (2, 0.8, 2), (9, 1, 1))  # one lost its diversity
+    cfg = EarlyStopConfig(enabled=True)
+    assert best_of(validations, cfg) is validations[1]
+    assert best_of(validations[:1], cfg) is None and best_of(validations, EarlyStopConfig()) is None
+    without = [{**summary, "monitors": {}} for summary in validations]
+    assert best_of(without, cfg) is without[4]
+
+
+def test_an_early_stop_keeps_the_best_lora_also_after_a_resume(config, monkeypatch):
+    """Monitors 0, 1, 3, 1, 1 while the reward rises: it ends after four steps with what it had after two."""
+
+    def summary(self, measured):
+        step = len(monitors) - len(script)
+        return {"reward": float(step), "diversity": 1.0, "monitors": {"monitor/Red": script.pop(0)}}
+
+    monkeypatch.setattr(Validation, "summary", summary)
+    monitors = [0.0, 1.0, 3.0, 1.0, 1.0]
+    fields = {"validation_steps": 1, "checkpointing_steps": 1, "early_stop": EarlyStopConfig(enabled=True)}
+    script = list(monitors)
+    two = train(config("two", max_train_steps=2, **fields))
+    script = list(monitors)
+    stopped = train(config("stopped", max_train_steps=9, **fields))
+    assert not script
+    assert_same(stopped, two)
+    assert "the LoRA is that of step 2" in (stopped / "README.md").read_text()
+
+    script = list(monitors)
+    train(config("resumed", max_train_steps=3, **fields))
+    script = [0.0, 1.0]  # the base's is measured anew
+    assert_same(train(config("resumed", max_train_steps=9, **fields)), two)
 
 
 def test_an_early_stop_still_exports(config, capsys):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def tensors(checkpoint):
 
 def assert_same(one, two, tolerance=0.0):
     one, two = tensors(one), tensors(two)
-    assert one.keys() == two.keys() == {"trainable", "ema", "optimizer"}
+    assert one.keys() == two.keys() == {"trainable", "ema", "optimizer", "extra"}
     for file in one:
         assert one[file].keys() == two[file].keys()
         for name, tensor in one[file].items():
@@ -146,21 +147,6 @@ def test_a_finished_run_has_no_steps_left(finished):
     assert run.position == 10
     torch.testing.assert_close(tensors(finished / "checkpoint-10"), before, rtol=0, atol=0)
     assert torch.equal(run.params["layer.weight"].detach(), before["trainable"]["layer.weight"])
-
-
-def test_extra_tensors_come_back(tmp_path):
-    """The method's own: what it set in the sixth step is there when the run is prolonged."""
-    for stop in (6, 10):
-        run = Run(toy_config(tmp_path, lr_scheduler="constant", max_train_steps=stop))
-        extra = {"mean": torch.zeros(3)}
-        run.prepare(params := toy_params(), extra_tensors=extra)
-        assert extra["mean"].tolist() == ([0, 0, 0] if stop == 6 else [5, 6, 7])
-        for step in run.steps():
-            for indices in run.micro_batches(step):
-                run.backward(toy_loss(run, params, step, indices))
-            run.update()
-            extra["mean"].copy_(torch.arange(3) + step)
-        run.finish()
 
 
 def test_holding_gives_the_parameters_back(tmp_path):
@@ -390,6 +376,31 @@ def test_every(tmp_path):
     run = Run(toy_config(tmp_path, max_train_steps=8))
     assert [step for step in range(8) if run.every(3, step)] == [2, 5, 7]
     assert not any(run.every(0, step) for step in range(8))
+
+
+def test_a_dry_run_counts_all_validations_at_the_first_ones_time(tmp_path, capsys):
+    run = Run(toy_config(tmp_path / "dry", dry_run=True, max_train_steps=1000, validation_steps=300))
+    params = toy_params()
+    run.prepare(params)
+    with run.first_validation():
+        time.sleep(0.5)
+    with pytest.raises(SystemExit):
+        for step in run.steps():
+            for indices in run.micro_batches(step):
+                run.backward(toy_loss(run, params, step, indices))
+            run.update()
+    out = capsys.readouterr().out
+    assert float(out.partition(" s a validation")[0].rpartition(",")[2]) >= 0.5
+    assert "1000 steps and 5 validations" in out
+
+
+def test_extra_tensors_come_back(tmp_path):
+    best = {}
+    keep = lambda run, step: best.update(weight=torch.full((3,), float(step)))  # noqa: E731
+    train(toy_config(tmp_path), extra_tensors=best, body=keep)
+    again = {}
+    train(toy_config(tmp_path), extra_tensors=again)
+    assert torch.equal(again["weight"], torch.full((3,), 9.0))
 
 
 def test_dry_run_measures_and_writes_nothing(tmp_path, capsys):

@@ -51,11 +51,11 @@ def toy_loss(run: Run, params, step: int, indices: list[int]) -> torch.Tensor:
     return ((hidden @ params["head.weight"].T).squeeze(1) - x.sum(1).sin()).square()
 
 
-def train(cfg: ToyConfig, params=None, extra_state=None, body=None) -> Run:
+def train(cfg: ToyConfig, params=None, extra_state=None, extra_tensors=None, body=None) -> Run:
     """`body(run, step)` is called after the update of each step."""
     params = params or toy_params()
     run = Run(cfg, "toy")
-    run.prepare(params, extra_state)
+    run.prepare(params, extra_state, extra_tensors)
     dying_step, _, where = cfg.die.partition(":")
     for step in run.steps():
         dying = where if dying_step == str(step) else ""

@@ -95,9 +95,9 @@ def train(cfg: Config) -> Path:
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 
-    state = {"validations": []}
-    run.prepare(lora, state)
-    validation = Validation(run, cfg, base, lora, judges, fixed, state["validations"])
+    state, best = {"validations": []}, {}
+    run.prepare(lora, state, best)
+    validation = Validation(run, cfg, base, lora, judges, fixed, state["validations"], best)
 
     stopped = None
     for step in run.steps():
@@ -118,9 +118,8 @@ def train(cfg: Config) -> Path:
         scalars["diversity"] = diversity(run.gather(scalars.pop("features")))
         scalars |= {"grad_norm": grad_norm, "k": len(plan.steps)}
         run.log(step, **scalars, **validation.measure(step))
-        reason = validation.reason_to_stop()
-        if reason:
-            stopped = f"stopped early after {step + 1} steps: {reason}"
+        stopped = validation.reason_to_stop(step)
+        if stopped:
             break
 
     source = f"`training/alignprop.py` (AlignProp, arXiv 2310.03739; gradient plan {cfg.plan.name})"

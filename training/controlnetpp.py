@@ -31,7 +31,6 @@ Where the authors' code differs from the paper or has faults, this does:
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -177,16 +176,12 @@ def train(cfg: Config) -> Path:
     rewarded_snr = snr_range(cfg, base.schedule)
 
     run.prepare(dict(controlnet.named_parameters()))
-    started = time.perf_counter()
     validation = Validation(cfg, base, controlnet, condition, monitors, fixed, size)
     if run.position == 0:
-        images, _ = validation.measure()
+        with run.first_validation():
+            images, _ = validation.measure()
         run.show(0, "start", images, validation.prompts)
         run.show(0, "control", validation.controls, validation.prompts)
-    if cfg.dry_run and run.is_main:
-        seconds = time.perf_counter() - started
-        times = 1 + (math.ceil(cfg.max_train_steps / cfg.validation_steps) if cfg.validation_steps else 0)
-        print(f"dry run: {seconds:.2f} s a validation, {times * seconds / 3600:.2f} h for all {times}", flush=True)
 
     load = Loader(run, data, base, condition, size, cfg.cache)
     encode_prompt = remembering(base) if cfg.cache else base.encode_prompt

@@ -115,10 +115,10 @@ def train(cfg: Config) -> Path:
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
 
     # A round's samples are too large to save, so what drew them is: a resumed run draws them again.
-    old_policy = {name: parameter.detach().clone() for name, parameter in lora.items()}
     state: dict[str, Any] = {"validations": [], "rewards": {}}
-    run.prepare(lora, state, old_policy)
-    validation = Validation(run, cfg, base, lora, judges, fixed, state["validations"])
+    tensors: dict[str, Tensor] = {}
+    run.prepare(lora, state, tensors)
+    validation = Validation(run, cfg, base, lora, judges, fixed, state["validations"], tensors)
     if cfg.dry_run:
         cfg = replace(cfg, updates_per_round=1, num_inner_epochs=1)  # so that a measured step has its share of all
 
@@ -127,10 +127,9 @@ def train(cfg: Config) -> Path:
     for step in run.steps():
         number, update = divmod(step, length)
         if update == 0:
-            for name, parameter in lora.items():
-                old_policy[name].copy_(parameter.detach())
+            tensors |= {f"old/{name}": parameter.detach().cpu().clone() for name, parameter in lora.items()}
         if update == 0 or this is None:
-            with run.holding(old_policy):
+            with run.holding({name: tensors[f"old/{name}"] for name in lora}):
                 this = draw_round(run, cfg, base, judges, prompts, number, state["rewards"])
 
         share = number * cfg.updates_per_round + update % cfg.updates_per_round
@@ -149,9 +148,8 @@ def train(cfg: Config) -> Path:
         scalars |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         scalars |= {"grad_norm": grad_norm, "images_scored": (number + 1) * cfg.updates_per_round * run.global_batch}
         run.log(step, **scalars, **validation.measure(step))
-        reason = validation.reason_to_stop()
-        if reason:
-            stopped = f"stopped early after {step + 1} steps: {reason}"
+        stopped = validation.reason_to_stop(step)
+        if stopped:
             break
 
     export(run, validation, "DDPO", "ddpo", "`training/ddpo.py` (DDPO_IS, arXiv 2305.13301)", stopped)

@@ -89,7 +89,8 @@ class _Source:
         }
         rows = [joined[n, t] if n else row for n, t, row in zip(numbers, times, plain, strict=True)]
         layers = max(len(row) for row in rows)
-        return torch.stack([row.expand(layers, -1, -1) for row in rows])
+        # laid out layer by layer, so that what a layer reads is one piece of memory
+        return torch.stack([row.expand(layers, -1, -1) for row in rows], dim=1).transpose(0, 1)
 
     @torch.no_grad()
     def _fill(self, needed: set[tuple], timestep: Tensor) -> None:
