@@ -175,16 +175,12 @@ def _kohya_name(name: str, unet: Unet) -> str:
         encoder = "lora_te2" if part == "text_encoder_2" else "lora_te1" if unet.is_xl else "lora_te"
         return f"{encoder}_{module.replace('.', '_')}"
     if unet.is_xl:
-        length = unet.layers_per_block + 1  # of a block: its layers and what scales, or of up blocks, its layers
+        length = unet.layers_per_block + 1  # down, the layers and what halves the size; up blocks have a layer more
         block = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)", module)
         if block:
-            side, i, j, rest = block.groups()
-            number = {"down": 1 + length * int(i or 0) + int(j), "up": length * int(i or 0) + int(j), "mid": 1}[side]
-            module = {
-                "down": f"input_blocks.{number}.1.{rest}",
-                "mid": f"middle_block.1.{rest}",
-                "up": f"output_blocks.{number}.1.{rest}",
-            }[side]
+            side, number, rest = block[1], length * int(block[2] or 0) + int(block[3]), block[4]
+            row = {"down": f"input_blocks.{number + 1}", "mid": "middle_block", "up": f"output_blocks.{number}"}[side]
+            module = f"{row}.1.{rest}"
     return f"lora_unet_{module.replace('.', '_')}"
 
 

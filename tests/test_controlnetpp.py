@@ -147,10 +147,9 @@ class Spy:
         self.rows += rows.tolist()
         return images.square().flatten(1).mean(1)
 
-    def losses(self, timestep, rewarded):
-        return controlnet_losses(
-            self.predict, self.schedule, self.x_0, self.noise, timestep, rewarded, self.decode, self.consistency
-        )
+    def losses(self, timestep, rewarded, snr_gamma=None):
+        seen = self.schedule, self.x_0, self.noise
+        return controlnet_losses(self.predict, *seen, timestep, rewarded, self.decode, self.consistency, snr_gamma)
 
 
 @pytest.fixture
@@ -171,6 +170,13 @@ def test_only_rewarded_samples_are_decoded(spy):
     none = spy()
     losses = none.losses(TIMESTEP, torch.zeros(4, dtype=torch.bool))
     assert none.decoded == [] and torch.equal(losses.reward, torch.zeros(4)) and not losses.reward.requires_grad
+
+
+def test_min_snr_weighs_the_diffusion_loss_alone(spy):
+    plain, weighted = spy().losses(TIMESTEP, REWARDED), spy().losses(TIMESTEP, REWARDED, snr_gamma=5.0)
+    weight = schedules()[0].min_snr_weight(TIMESTEP, 5.0).float()
+    torch.testing.assert_close(weighted.diffusion, weight * plain.diffusion)
+    assert torch.equal(weighted.reward, plain.reward) and weight.min() < 0.5
 
 
 def test_choosing_before_decoding_equals_masking_after_it(spy):

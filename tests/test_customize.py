@@ -25,6 +25,7 @@ from alignkit.customized import (
     read_concept,
     save_custom_diffusion,
 )
+from alignkit.run import Run
 from tests.tiny import save_tiny_model
 from training import customize
 from training.customize import Config, train
@@ -197,6 +198,31 @@ def test_bf16_base_and_everything_else_at_once(config):
         folder = train(config(method, method=method, max_train_steps=2, **extras))
         assert all(tensor.isfinite().all() for tensor in weights_of(folder).values())
         assert (folder / "samples" / "000001_validation.png").exists() and (folder / "README.md").exists()
+
+
+def test_min_snr_and_offset_noise_reach_the_loss(config, tiny_model):
+    base = load_base(tiny_model, random_init=True)
+    run, examples = Run(config()), customize.Examples(torch.zeros(2, 1, 4, 8, 8), ["a dog"])
+
+    @torch.no_grad()
+    def loss(**fields):
+        cfg = config(method="lora", **fields)
+        text = customize.Text(base, cfg)
+        return customize.denoising_loss(run, cfg, base, text, examples, 0, [0, 1, 2], "instance")
+
+    timestep = torch.stack([run_timestep(run, index, base) for index in range(3)])
+    weight = base.schedule.min_snr_weight(timestep, 5.0).float()
+    torch.testing.assert_close(loss(snr_gamma=5.0), weight * loss())
+    assert not torch.isclose(loss(noise_offset=0.5), loss()).any()
+
+
+def run_timestep(run: Run, index: int, base) -> torch.Tensor:
+    """What `denoising_loss` draws for a sample behind its mirror image, its example and its noise."""
+    generator = run.generator(0, index, "instance")
+    for high in (2, 1):
+        torch.randint(high, (), generator=generator)
+    torch.randn(4, 8, 8, generator=generator)
+    return torch.randint(base.schedule.num_train_timesteps, (), generator=generator)
 
 
 def test_concept_says_where_it_belongs(config, tiny_model):

@@ -117,6 +117,20 @@ def test_it_learns_an_embedding_that_is_known(config, images):
     assert losses[-1] < 0.05 * losses[0]
 
 
+def test_min_snr_and_offset_noise_reach_the_loss(config):
+    base = load_base("sd15", random_init=True, shrink=40)
+    concept, run = create("textual_inversion", base, "<thing>", "a"), Run(config("toy"))
+    data = Data(config(noise_offset=0.5), base, concept)
+    batch, plain = data.batch(run, 0, range(2)), Data(config(), base, concept).batch(run, 0, range(2))
+    moved = (batch.noise - plain.noise)[:, :, :1, :1]
+    torch.testing.assert_close(batch.noise, plain.noise + moved.expand_as(batch.noise), rtol=0, atol=1e-5)
+    assert moved.std() > 0.1 and torch.equal(batch.x_0, plain.x_0) and torch.equal(batch.timestep, plain.timestep)
+    with torch.no_grad(), context_bank(base.unet):
+        contexts = data.contexts(batch, nested_dropout=False)
+        one, weighted = denoising_loss(base, batch, contexts), denoising_loss(base, batch, contexts, snr_gamma=5.0)
+    torch.testing.assert_close(weighted, one * base.schedule.min_snr_weight(batch.timestep, 5.0).float())
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
     fields = {"checkpointing_steps": 2, "validation_steps": 4, "use_ema": True, "lr_scheduler": "cosine"}
     whole = train(config("whole", **fields))

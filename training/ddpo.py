@@ -123,25 +123,25 @@ def train(cfg: Config) -> Path:
         cfg = replace(cfg, updates_per_round=1, num_inner_epochs=1)  # so that a measured step has its share of all
 
     length = cfg.updates_per_round * cfg.num_inner_epochs
-    this, stopped = None, None
+    drawn, stopped = None, None
     for step in run.steps():
         number, update = divmod(step, length)
         if update == 0:
             tensors |= {f"old/{name}": parameter.detach().cpu().clone() for name, parameter in lora.items()}
-        if update == 0 or this is None:
+        if update == 0 or drawn is None:
             with run.holding({name: tensors[f"old/{name}"] for name in lora}):
-                this = draw_round(run, cfg, base, judges, prompts, number, state["rewards"])
+                drawn = draw_round(run, cfg, base, judges, prompts, number, state["rewards"])
 
         share = number * cfg.updates_per_round + update % cfg.updates_per_round
         parts, measured = [], []
         for indices in run.micro_batches(share):
-            rollout = this.rollouts[indices[0]]
-            advantages = torch.tensor([this.advantages[i] for i in indices], device=run.device)
+            rollout = drawn.rollouts[indices[0]]
+            advantages = torch.tensor([drawn.advantages[i] for i in indices], device=run.device)
             parts.append(policy_update(run, cfg, base, rollout, advantages))
             measured.append(rollout.measured)
         grad_norm = run.update()
         if update == length - 1:
-            state["rewards"] = this.rewards
+            state["rewards"] = drawn.rewards
 
         scalars = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
         scalars["diversity"] = diversity(run.gather(scalars.pop("features")))
@@ -190,8 +190,8 @@ def draw_round(
     bad = [i for i in samples if not torch.tensor(values[i]).isfinite()]
     if bad:
         raise FloatingPointError(f"the rewards of the samples {bad} of round {number} are not finite")
-    drawn = [prompts.prompts[prompt_of(run, cfg, len(prompts), i)] for i in samples]
-    advantages, rewards = normalise(drawn, [values[i] for i in samples], rewards, cfg)
+    asked = [prompts.prompts[prompt_of(run, cfg, len(prompts), i)] for i in samples]
+    advantages, rewards = normalise(asked, [values[i] for i in samples], rewards, cfg)
     return Round(rollouts, dict(zip(samples, advantages, strict=True)), rewards)
 
 
