@@ -176,7 +176,7 @@ def test_min_snr_weighs_the_diffusion_loss_alone(spy):
     plain, weighted = spy().losses(TIMESTEP, REWARDED), spy().losses(TIMESTEP, REWARDED, snr_gamma=5.0)
     weight = schedules()[0].min_snr_weight(TIMESTEP, 5.0).float()
     torch.testing.assert_close(weighted.diffusion, weight * plain.diffusion)
-    assert torch.equal(weighted.reward, plain.reward) and weight.min() < 0.5
+    assert torch.equal(weighted.reward, plain.reward) and weight.min() < 1
 
 
 def test_choosing_before_decoding_equals_masking_after_it(spy):
