@@ -4,7 +4,8 @@
 |-------------------------------|----------------------------------------------|------------------------------|
 | Textual Inversion             | learned_embeds.safetensors                   | rows of the token embeddings |
 | Custom Diffusion              | pytorch_custom_diffusion_weights.safetensors | W_k, W_v of cross-attention  |
-| LoRA (diffusers, peft, kohya) | pytorch_lora_weights.safetensors             | any layer                    |
+| LoRA (diffusers, kohya)       | pytorch_lora_weights.safetensors             | any layer                    |
+| LoRA (peft)                   | adapter_model.safetensors and its config     | any layer of the U-Net       |
 | DreamBooth                    | unet/, text_encoder/ in diffusers' layout    | all of them                  |
 | NeTI, P+                      | a folder of training/neti.py                 | text, by layer and timestep  |
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
-from alignkit.artifacts import LORA_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
+from alignkit.artifacts import LORA_WEIGHTS, PEFT_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
@@ -177,7 +178,7 @@ def load(
     if (path / "unet").is_dir():
         return Customized(_dreambooth(pipe, path), concept, base=pipe)
 
-    names = (LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS, EMBEDDINGS)
+    names = (LORA_WEIGHTS, PEFT_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS, EMBEDDINGS)
     file = next((path / name for name in names if (path / name).is_file()), path)
     if file.is_dir():
         raise ValueError(f"{path} holds nothing that is known here: expected one of {', '.join(names)}, or unet/.")

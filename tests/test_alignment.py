@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -54,6 +54,12 @@ def write(kind: str, pipe, folder):
         with_lora(pipe)
         save_lora(folder, pipe.unet)
         return folder
+    if kind == "peft":
+        model = get_peft_model(pipe.unet, LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "to_v"]))
+        torch.manual_seed(0)
+        shake(p for n, p in model.named_parameters() if "lora_" in n)
+        model.save_pretrained(folder)
+        return folder
     if kind == "kohya":
         with_lora(pipe)
         weights = load_file(save_lora(folder, pipe.unet))
@@ -87,7 +93,7 @@ def write(kind: str, pipe, folder):
 
 
 @pytest.mark.parametrize(
-    "kind", ["lora", "kohya", "custom_diffusion", "dreambooth", "textual_inversion", "p_plus", "neti"]
+    "kind", ["lora", "peft", "kohya", "custom_diffusion", "dreambooth", "textual_inversion", "p_plus", "neti"]
 )
 def test_what_people_have(kind, tiny_model, base, pipe, tmp_path):
     """Loaded, it draws another concept; with AlignIT nothing leaks to the other tokens, without it something does."""

@@ -1,16 +1,11 @@
 """training/controlnetpp.py and alignkit/controlnet.py on randomly initialised models of a few thousand parameters."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,7 +18,9 @@ from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from tests.test_controls import write_folder
+from tests.test_families import thin
 from tests.tiny import save_tiny_model
+from tests.torchrun import train_on_two_ranks
 from tests.toy_conditions import save_estimator, save_segmenter
 from training import controlnetpp
 from training.controlnetpp import Config, controlnet_losses, train
@@ -230,7 +227,7 @@ def test_a_dropped_condition_is_black_and_has_no_reward(config, base):
 
     chance = [next(d for d in draws if (d.drop_prompt, d.drop_condition) == k) for k in [(False, True), (True, False)]]
     batch = controlnetpp.Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 16, 16), ["a cat", "a cat"])
-    predict = controlnetpp.controlled(base, Net(), build_condition(RED), batch, chance, base.encode_prompt)
+    predict = controlnetpp.controlled(base, Net(), build_condition(RED), batch, chance, base.condition)
     with pytest.raises(StopIteration):
         predict(batch.x_0, torch.tensor([1, 1]))
     assert seen["control"][0].max() == 0 and seen["control"][1].min() == 1
@@ -290,6 +287,37 @@ def test_stock_diffusers_loads_it_and_draws_the_same_pixels(base, tmp_path):
     ).images  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (ours[0] - ours[1]).abs().max() > 1e-2
+
+
+def test_sdxl_both_stages_and_the_stock_pipelines_pixels(config, tmp_path):
+    """One update without and one with a reward, a dropped prompt among them; then stock diffusers draws the same."""
+    folder = thin("sdxl", tmp_path / "sdxl")
+    fields = {"pretrained_model_name_or_path": folder, "shrink": 40, "resolution": 32, "prompt_dropout": 0.5}
+    out = train(config("xl", **fields, max_train_steps=2, reward_start=1, reward_timesteps=ALL, learning_rate=0.1))
+    first, second = scalars(out)
+    assert "reward_loss" not in first and second["reward_loss"] > 0
+    assert "StableDiffusionXLControlNetPipeline" in (out / "README.md").read_text()
+
+    base = load_base(folder, random_init=True, shrink=40)
+    controlnet, controls = load_controlnet(str(out), base.unet, base.vae_scale_factor), torch.rand(1, 3, 32, 32)
+    settings = {"num_inference_steps": 2, "guidance_scale": 5.0}
+    ours, plain = (
+        draw_controlled(base, controlnet, controls, ["a cat"], [3], **settings, conditioning_scale=scale)
+        for scale in (1.0, 0.0)
+    )
+    parts = base.pipeline().components | {"controlnet": ControlNetModel.from_pretrained(out)}
+    pipe = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("a cat", image=controls, generator=torch.Generator().manual_seed(3), output_type="pt", **settings)
+    torch.testing.assert_close(ours, theirs.images, rtol=0, atol=1e-4)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_joint_attention_is_refused_at_once(config, tmp_path, name):
+    fields = {"pretrained_model_name_or_path": thin(name, tmp_path / name), "shrink": 40, "resolution": 32}
+    with pytest.raises(ValueError, match="this works on SD 1.x, SD 2.x and the emoji world; SDXL"):
+        train(config(**fields))
 
 
 def test_a_controlnet_that_does_not_fit_is_refused(base, tmp_path):
@@ -437,31 +465,14 @@ def test_checkpointing_the_decoder_saves_memory(tiny_model):
 
 
 def test_two_processes_equal_one(config, tmp_path):
-    """A real torchrun of the script itself."""
     fields = {"max_train_steps": 3, "validation_steps": 3, "reward_timesteps": [0, 400]}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have: more would round differently
     one = train(config("one", **fields))
     torch.set_num_threads(threads)
-    two = config("two", **fields, gradient_accumulation_steps=1)
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(controlnetpp.to_dict(two)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, "training/controlnetpp.py", "--config", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    start = next(event for event in read_events(Path(two.output_dir) / "events.jsonl") if event["type"] == "start")
-    assert start["num_processes"] == 2
-    assert_same(one, Path(two.output_dir), tolerance=1e-5)
-    for ours, theirs in zip(scalars(one), scalars(Path(two.output_dir)), strict=True):
+    two = train_on_two_ranks("training/controlnetpp.py", config("two", **fields, gradient_accumulation_steps=1))
+    assert_same(one, two, tolerance=1e-5)
+    for ours, theirs in zip(scalars(one), scalars(two), strict=True):
         for name in ("loss", "diffusion", "reward_loss", "rewarded_share", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
@@ -530,6 +541,12 @@ def test_bad_data_is_refused_before_the_run_begins(config, tmp_path):
 def test_a_timestep_beyond_the_schedule_is_refused(config):
     with pytest.raises(ValueError, match="at most 999, got 1000"):
         train(config(reward_timesteps=[0, 1000]))
+
+
+def test_bf16_base_trains_float32_weights_for_twenty_steps(config):
+    folder = train(config(mixed_precision="bf16", max_train_steps=20, train_batch_size=1, reward_timesteps=ALL))
+    assert len(scalars(folder)) == 20 and all(math.isfinite(event["reward_loss"]) for event in scalars(folder))
+    assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.float32}
 
 
 def test_images_that_are_not_finite_stop_the_run_with_the_samples_number(config, monkeypatch):

@@ -1,28 +1,24 @@
 """training/ddpo.py on a randomly initialised model of a few thousand parameters, from config to card."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from alignkit.artifacts import LORA_WEIGHTS, read_events, remove
 from alignkit.base import Base, add_lora, load_base
-from alignkit.config import LoraConfig, parse, to_dict
+from alignkit.config import LoraConfig, parse
 from alignkit.data import Prompts, read_prompts
 from alignkit.emoji import WEIGHTS_DIR
 from alignkit.reward_tuning import Judges
 from alignkit.rewards import RewardConfig, combine
 from alignkit.run import Run
 from tests.tiny import save_tiny_model
+from tests.torchrun import train_on_two_ranks
 from training import ddpo
 from training.ddpo import Config, clipped_loss, normalise, train
 
@@ -195,32 +191,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
         assert again == logged and len(again) == 4
 
 
-def test_two_processes_equal_one(config, tmp_path):
+def test_two_processes_equal_one(config):
     """A real torchrun of the script: advantages need the rewards of both."""
     fields = {"learning_rate": 1e-3, "validation_steps": 4}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have: more would round differently
     one = train(config("one", **fields))
     torch.set_num_threads(threads)
-    two = config("two", **fields, gradient_accumulation_steps=1)
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(to_dict(two)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, "training/ddpo.py", "--config", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    start = next(event for event in read_events(Path(two.output_dir) / "events.jsonl") if event["type"] == "start")
-    assert start["num_processes"] == 2
-    assert_same(one, Path(two.output_dir), tolerance=1e-5)
-    for ours, theirs in zip(scalars(one), scalars(Path(two.output_dir)), strict=True):
+    two = train_on_two_ranks("training/ddpo.py", config("two", **fields, gradient_accumulation_steps=1))
+    assert_same(one, two, tolerance=1e-5)
+    for ours, theirs in zip(scalars(one), scalars(two), strict=True):
         for name in ("loss", "reward/Detached", "diversity", "grad_norm", "policy_loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6)
 

@@ -25,6 +25,10 @@ Where the authors' code differs from the paper or has faults, this does:
 - z_0 is the mode of the VAE's posterior, not a draw, so that it can be cached; images are cropped, not squashed.
 - The clamp of decoded pixels to [0, 1] passes its gradient (alignkit/base.py).
 
+For SD 1.x, SD 2.x and SDXL. ControlNets of SD3 and FLUX read the control as latents, in several published layouts, and
+are refused: the loss below and `alignkit.controlnet.sd3_predict` and `flux_predict` work on them (tested), this loop
+does not.
+
     accelerate launch training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
     torchrun --nproc_per_node 2 training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
     python training/controlnetpp.py --config configs/controlnetpp/emoji_depth.yaml --dry-run --random_init --shrink 4
@@ -34,6 +38,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,8 +56,8 @@ from alignkit.controlnet import (
     draw_controlled,
     load_controlnet,
     new_controlnet,
+    predict,
     save_controlnet,
-    unet_predict,
 )
 from alignkit.controls import Controls, Example, open_controls
 from alignkit.noise import NoiseSchedule, draw_noise
@@ -165,7 +170,7 @@ def train(cfg: Config) -> Path:
 
     run = Run(cfg, "controlnetpp")
     base = run.load_base()
-    base.require_family("StableDiffusionPipeline")
+    base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
     size = image_size(base, cfg.resolution)
     condition.to(run.device)
@@ -184,7 +189,7 @@ def train(cfg: Config) -> Path:
         run.show(0, "control", validation.controls, validation.prompts)
 
     load = Loader(run, data, base, condition, size, cfg.cache)
-    encode_prompt = remembering(base) if cfg.cache else base.encode_prompt
+    encode_prompts = remembering(base, size) if cfg.cache else partial(encode_prompt, base, size)
     images = None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
@@ -197,7 +202,7 @@ def train(cfg: Config) -> Path:
             batch = load(step, indices)
             chance = [draws[i] for i in indices]
             noise = [draw_noise(batch.x_0.shape[1:], run.generator(step, i), cfg.noise_offset) for i in indices]
-            predict = controlled(base, controlnet, condition, batch, chance, encode_prompt)
+            predict = controlled(base, controlnet, condition, batch, chance, encode_prompts)
             losses = controlnet_losses(
                 predict,
                 base.schedule,
@@ -303,17 +308,23 @@ def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     return float(schedule.snr(last)), float(schedule.snr(first))
 
 
-def remembering(base: Base) -> Callable[[list[str]], Tensor]:
-    """`base.encode_prompt`, which encodes each prompt once."""
-    known: dict[str, Tensor] = {}
+def encode_prompt(base: Base, size: tuple[int, int], prompts: list[str]) -> dict[str, Tensor]:
+    """What the networks are told of B prompts; of dropped ones, "", what guidance makes of an empty negative prompt."""
+    return base.condition(prompts, *size, negative=True)
 
-    def encode_prompt(prompts: list[str]) -> Tensor:
+
+def remembering(base: Base, size: tuple[int, int]) -> Callable[[list[str]], dict[str, Tensor]]:
+    """`encode_prompt`, which encodes each prompt once."""
+    known: dict[str, dict[str, Tensor]] = {}
+
+    def encode_prompts(prompts: list[str]) -> dict[str, Tensor]:
         for prompt in prompts:
             if prompt not in known:
-                known[prompt] = base.encode_prompt([prompt]).cpu()
-        return torch.cat([known[prompt] for prompt in prompts]).to(base.unet.device)
+                known[prompt] = {name: t.cpu() for name, t in encode_prompt(base, size, [prompt]).items()}
+        rows = [known[prompt] for prompt in prompts]
+        return {name: torch.cat([row[name] for row in rows]).to(base.device) for name in rows[0]}
 
-    return encode_prompt
+    return encode_prompts
 
 
 def controlled(
@@ -322,14 +333,14 @@ def controlled(
     condition: Condition,
     batch: Batch,
     chance: Sequence[Draw],
-    encode_prompt: Callable[[list[str]], Tensor],
+    encode_prompts: Callable[[list[str]], dict[str, Tensor]],
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
     prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
-    prompt_embeds = encode_prompt(prompts)
+    told = encode_prompts(prompts)
     kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
     control = condition.control(batch.targets).float() * kept[:, None, None, None]
-    return lambda x_t, timestep: unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds)
+    return lambda x_t, timestep: predict(base, controlnet, x_t, timestep, control, told)
 
 
 class Loader:
@@ -456,9 +467,9 @@ class Validation:
         timestep = ((rows + 0.5) / len(self.x_0) * schedule.num_train_timesteps).long().to(x_0.device)
         noise = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
         noise = noise.to(x_0)
-        prompt_embeds = self.base.encode_prompt([self.prompts[i] for i in rows])
+        told = encode_prompt(self.base, self.controls.shape[-2:], [self.prompts[i] for i in rows])
         x_t = schedule.add_noise(x_0, noise, timestep)
-        output = unet_predict(self.base.unet, self.controlnet, x_t, timestep, self.controls[rows], prompt_embeds)
+        output = predict(self.base, self.controlnet, x_t, timestep, self.controls[rows], told)
         return (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
 
 
@@ -473,14 +484,15 @@ def export(
     extracted = condition.control(condition.extract(images[shown])).float()
     save_strip(folder / "strip.png", [control, images[shown], extracted, (extracted - control).abs()])
     columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(validation.prompts[shown]))
+    pipeline = validation.base.family.pipeline.__name__.replace("Pipeline", "ControlNetPipeline")
     reward = f"consistency reward of weight {cfg.reward_weight:g}" if cfg.reward_weight else "no reward"
     write_card(
         folder,
         title=f"ControlNet of {cfg.pretrained_model_name_or_path}: {cfg.condition.name}",
         description=(
             f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987).\n\n"
-            "Load it with `ControlNetModel.from_pretrained(folder)` into a `StableDiffusionControlNetPipeline`. From "
-            "top to bottom: the control, the image, the control extracted from it by the training's own judge, the "
+            f"Load it with `ControlNetModel.from_pretrained(folder)` into a `{pipeline}`. From top to "
+            "bottom: the control, the image, the control extracted from it by the training's own judge, the "
             f"difference of the two. The columns:\n\n{columns}"
         ),
         base_model=cfg.pretrained_model_name_or_path,

@@ -42,6 +42,7 @@ from alignkit.artifacts import atomic, read_events, write_card
 from alignkit.attention import context_bank
 from alignkit.base import Base
 from alignkit.concepts import Concept, Concepts, create, encode_contexts, tokenize, towers
+from alignkit.concepts.text import substitute
 from alignkit.config import DiffusionConfig, command, free, to_dict
 from alignkit.data import ConceptImage, load_image, read_concept_images
 from alignkit.noise import draw_noise
@@ -133,7 +134,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the concept and its card."""
     run = Run(cfg, "neti")
     base = run.load_base()
-    base.require_family("StableDiffusionPipeline")
+    base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     if cfg.gradient_checkpointing:
         base.unet.train()  # where diffusers looks whether to; these models have no dropout
         base.unet.enable_gradient_checkpointing()
@@ -195,6 +196,7 @@ class Batch:
     timestep: Tensor
     weight: Tensor
     truncation: Tensor | None  # [b, L]
+    added: dict[str, Tensor]  # SDXL's text_embeds and time_ids
 
 
 class Data:
@@ -205,6 +207,7 @@ class Data:
         factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
         resolution = cfg.resolution or base.latent_shape()[1] * factor
         base.latent_shape(resolution, resolution)  # raises where it does not divide
+        self.resolution, self.conditions = resolution, {}
         self.images, self.odd = read_concept_images(cfg.train_data_dir, resolution, cfg.placeholder_token)
         for text in [*cfg.templates, *cfg.validation_prompts, *(i.caption for i in self.images if i.caption)]:
             self.tokens(named(text, cfg))  # raises where one is too long
@@ -246,7 +249,18 @@ class Data:
             samples.append((prompt, x_0, noise, timestep, self.weights[image, flip], truncation))
         prompts, *tensors = zip(*samples, strict=True)
         x_0, noise, timestep, weight, truncation = (torch.stack(t).to(run.device) for t in tensors)
-        return Batch(list(prompts), x_0, noise, timestep, weight, truncation if truncation.numel() else None)
+        truncation = truncation if truncation.numel() else None
+        return Batch(list(prompts), x_0, noise, timestep, weight, truncation, self.added(prompts))
+
+    def added(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """SDXL's pooled text, which reads the super-category in the placeholder's place, and sizes; else nothing."""
+        if len(self.towers) == 1:
+            return {}
+        for prompt in set(prompts) - self.conditions.keys():
+            plain = substitute(prompt, {self.concept.placeholder_token: self.concept.super_category_token})
+            self.conditions[prompt] = self.base.condition([plain], self.resolution, self.resolution)
+        names = ("text_embeds", "time_ids")
+        return {name: torch.cat([self.conditions[prompt][name] for prompt in prompts]) for name in names}
 
     def contexts(self, batch: Batch, nested_dropout: bool) -> Tensor:
         """[b, L, S, 2 D], with gradient to what is learnt."""
@@ -265,10 +279,15 @@ def named(text: str, cfg: Config) -> str:
     return text.replace("{}", cfg.placeholder_token)
 
 
+def predict(base: Base, x_t: Tensor, timestep: Tensor, contexts: Tensor, added: dict[str, Tensor]) -> Tensor:
+    """The network's output [b, C, h, w], inside a context bank."""
+    return base.forward(x_t, timestep, {"encoder_hidden_states": contexts, **added})
+
+
 def denoising_loss(base: Base, batch: Batch, contexts: Tensor, snr_gamma: float | None = None) -> Tensor:
     """[b]: mean squared error of the network's prediction (DDPM, Ho et al. 2020, eq. 14), inside a context bank."""
     x_t = base.schedule.add_noise(batch.x_0, batch.noise, batch.timestep)
-    output = base.unet(x_t.to(contexts.dtype), batch.timestep, contexts).sample.float()
+    output = predict(base, x_t, batch.timestep, contexts, batch.added)
     target = base.schedule.target(batch.x_0, batch.noise, batch.timestep)
     loss = (batch.weight * F.mse_loss(output, target, reduction="none")).mean((1, 2, 3))
     return loss * base.schedule.min_snr_weight(batch.timestep, snr_gamma).to(loss) if snr_gamma else loss
