@@ -1,7 +1,7 @@
 """Trainings: processes of their own, which outlive the page, and everything that is known of them from their folders.
 
-A run is `<folder>/<method>/<name>`. The page writes job.yaml (its config) and job.json (which process trains) there; the
-trainer writes all else. Nothing is kept in memory, so a page that is started again sees what the one before it saw.
+A run is `<folder>/<method>/<name>`. The page writes job.yaml (its config) and job.json (which process trains) there;
+the trainer writes all else. Nothing is kept in memory, so a page that is started again sees what the one before saw.
 """
 
 import os
@@ -132,7 +132,7 @@ def delete(folder: Path, run: str) -> None:
 
 
 def _check(folder: Path, config: str, bases: list[str]) -> None:
-    safety.check_config(safety.read_config(config), [ROOT / "configs", folder], bases)
+    safety.check_config(safety.read_config(config), ROOT, [ROOT / "configs", folder], bases)
 
 
 def _refuse_second(folder: Path) -> None:

@@ -14,8 +14,8 @@ from app.generate import Models
 QUEUE_SIZE = 16
 TITLE = "alignkit"
 RIGHTS = (
-    "Use pictures that you have the right to use, and of people only those who agree. What you upload and draw stays on "
-    "this machine, in the folder of the page."
+    "Use pictures that you have the right to use, and of people only those who agree. What you upload and draw stays "
+    "on this machine, in the folder of the page."
 )
 # The system's own fonts: Gradio's themes fetch theirs from elsewhere.
 THEME = gr.themes.Default(
@@ -29,12 +29,11 @@ footer { display: none !important; }
 """
 
 
-def build(
-    folder: str | Path, bases: list[str] | None = None, safety_checker: str | None = None
-) -> gr.Blocks:
+def build(folder: str | Path, bases: list[str] | None = None, safety_checker: str | None = None) -> gr.Blocks:
     """The page over a folder of runs, which is made if it is not there."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / ".cache")  # components look at it when they are made
     bases = bases or ["emoji"]
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
@@ -51,7 +50,11 @@ def build(
                 tab_runs.build(page)
         for function, outputs in page.on_load:
             demo.load(function, None, outputs, api_visibility="private", **ui.QUICK)
-        demo.unload(lambda request: ui.cancel(page, request)) if False else None
+
+        def leave(request: gr.Request) -> None:
+            ui.cancel(page, request)
+
+        demo.unload(leave)
     return demo.queue(max_size=QUEUE_SIZE)
 
 
@@ -72,7 +75,6 @@ def launch(
         raise ValueError(f"{host} can be reached by others: give a password with it, or stay on 127.0.0.1.")
     folder = Path(folder).resolve()
     safety.limit_pixels()
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / ".cache")
     os.chdir(folder)
     return demo.launch(
         server_name=host,

@@ -110,8 +110,11 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def check_config(config: dict[str, Any], folders: list[Path], bases: list[str]) -> None:
-    """Refuses a config that names files outside `folders`, code, a base that the page does not offer, or a tracker."""
+def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases: list[str]) -> None:
+    """Refuses a config that names files outside `folders`, code, a base that the page does not offer, or a tracker.
+
+    `root`: where the trainers run, from which relative names lead.
+    """
     if "config" in config:
         raise ValueError("config: a config names no other one here.")
     if config.get("report_to", "none") not in TRACKERS:
@@ -127,7 +130,7 @@ def check_config(config: dict[str, Any], folders: list[Path], bases: list[str]) 
         elif key in PATHS or not PLAIN.fullmatch(value):
             if ":" in value and "/" not in value:
                 raise ValueError(f"{path}: code of one's own is for the command line; got {value!r}.")
-            target = (folders[0] / value).resolve()
+            target = (root / value).resolve()
             if not any(target.is_relative_to(folder.resolve()) for folder in folders):
                 raise ValueError(f"{path}: only files of this page's own folders can be named here, got {value!r}.")
 

@@ -39,7 +39,11 @@ def build(page: ui.Page) -> None:
                 with gr.Tabs():
                     with gr.Tab("Upload"):
                         upload = gr.Image(
-                            label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=200
+                            label="Picture",
+                            type="filepath",
+                            image_mode=None,
+                            sources=["upload", "clipboard"],
+                            height=200,
                         )
                     with gr.Tab("Draw"):
                         sketch = gr.Sketchpad(
@@ -53,7 +57,7 @@ def build(page: ui.Page) -> None:
                 steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
                 guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
         with gr.Column(scale=3, min_width=300):
-            status = gr.Markdown("", elem_id="generate_status", min_height=80)
+            status = gr.Markdown("", label="status", elem_id="generate_status", min_height=80)
             with gr.Row():
                 options = {"interactive": False, "format": "png", "elem_classes": "pixels", "min_width": 140}
                 before = gr.Image(label="Base", elem_id="base_image", **options)
@@ -82,7 +86,7 @@ def build(page: ui.Page) -> None:
         concepts: list[str] = (), truncation: float = 0, alignit: bool = False, strength: float = 1,
         controlnet: str = "", control_scale: float = 1, kind: str = PICTURE, upload: str | None = None,
         sketch: dict | None = None, steps: float = 25, guidance: float = 5, negative: str = "",
-        request: gr.Request = None, progress=gr.Progress(),
+        request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
             progress(0, desc="Loading")
