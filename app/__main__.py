@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("The page needs Gradio: pip install -e '.[app]'")
     from app import page
 
-    bases = [str(Path(base).resolve()) if Path(base).exists() else base for base in options.base or ["emoji"]]
+    places = {base: Path(base) for base in options.base or ["emoji"]}
+    bases = {p.name if p.exists() else base: str(p.resolve()) if p.exists() else base for base, p in places.items()}
     try:
         demo = page.build(options.folder, bases, options.safety_checker)
         page.launch(demo, options.folder, options.host, options.port, options.password)

@@ -65,7 +65,7 @@ class Settings:
 class Models:
     """One base at a time, and what was composed on it last. Calls come one after another."""
 
-    def __init__(self, folder: Path, bases: list[str], safety_checker: str | None = None):
+    def __init__(self, folder: Path, bases: Mapping[str, str], safety_checker: str | None = None):
         self.folder, self.bases, self.safety_checker = folder, bases, safety_checker
         self.lock = threading.Lock()
         self._base: tuple[str, Any] | None = None
@@ -83,7 +83,9 @@ class Models:
         if self._base is None or self._base[0] != name:
             self._base = self._composed = None  # the old one goes before the new one comes
             cuda = torch.cuda.is_available()
-            base = load_base(name, device="cuda" if cuda else "cpu", dtype=torch.float16 if cuda else torch.float32)
+            base = load_base(
+                self.bases[name], device="cuda" if cuda else "cpu", dtype=torch.float16 if cuda else torch.float32
+            )
             self._base = (name, base)
         return self._base[1]
 

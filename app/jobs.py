@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,14 @@ def duration(seconds: float) -> str:
 # Starting and stopping
 
 
-def start(folder: Path, method: str, name: str, config: str, bases: list[str]) -> str:
+def start(folder: Path, method: str, name: str, config: str, bases: Mapping[str, str]) -> str:
     """Starts a training with this YAML; returns the run's name, such as "alignprop/mine"."""
     if method not in METHODS:
         raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
     safety.inside(folder, name)  # for a sentence about the name alone
     run = f"{method}/{name}"
     path = safety.inside(folder, run)
-    _check(folder, config, bases)
+    config = _checked(folder, config, bases)
     with START:
         _refuse_second(folder)
         if path.exists():
@@ -73,12 +73,12 @@ def start(folder: Path, method: str, name: str, config: str, bases: list[str]) -
     return run
 
 
-def resume(folder: Path, run: str, bases: list[str]) -> None:
+def resume(folder: Path, run: str, bases: Mapping[str, str]) -> None:
     """The same command again, which goes on from the newest checkpoint."""
     path = find(folder, run)
     if not (path / CONFIG).is_file():
         raise ValueError(f"{run} was not started here: resume it by the command that started it.")
-    _check(folder, (path / CONFIG).read_text(encoding="utf-8"), bases)
+    _checked(folder, (path / CONFIG).read_text(encoding="utf-8"), bases)
     with START:
         _refuse_second(folder)
         _spawn(path, load_json(path / RECORD)["method"])
@@ -92,11 +92,11 @@ def stop(folder: Path, run: str) -> None:
     process.send_signal(signal.SIGTERM)  # trainers take it as Ctrl-C; but no shell makes a process deaf to it
 
 
-def dry_run(folder: Path, method: str, config: str, bases: list[str]) -> Iterator[str]:
+def dry_run(folder: Path, method: str, config: str, bases: Mapping[str, str]) -> Iterator[str]:
     """Two steps without a trace. Yields what to say so far, at last time and memory; closing it ends the process."""
     if method not in METHODS:
         raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
-    _check(folder, config, bases)
+    config = _checked(folder, config, bases)
     with START:
         _refuse_second(folder)
     scratch = folder / ".dry-run" / str(threading.get_ident())
@@ -131,8 +131,14 @@ def delete(folder: Path, run: str) -> None:
     remove(path)
 
 
-def _check(folder: Path, config: str, bases: list[str]) -> None:
-    safety.check_config(safety.read_config(config), ROOT, [ROOT / "configs", folder], bases)
+def _checked(folder: Path, config: str, bases: Mapping[str, str]) -> str:
+    """The YAML, with the base's place where it has the page's name for it."""
+    data = safety.read_config(config)
+    safety.check_config(data, ROOT, [ROOT / "configs", folder], {*bases, *bases.values()})
+    base = data.get("pretrained_model_name_or_path", "emoji")
+    return (
+        set_values(config, {"pretrained_model_name_or_path": bases[base]}) if bases.get(base, base) != base else config
+    )
 
 
 def _refuse_second(folder: Path) -> None:

@@ -29,12 +29,12 @@ footer { display: none !important; }
 """
 
 
-def build(folder: str | Path, bases: list[str] | None = None, safety_checker: str | None = None) -> gr.Blocks:
-    """The page over a folder of runs, which is made if it is not there."""
+def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checker: str | None = None) -> gr.Blocks:
+    """The page over a folder of runs, which is made if it is not there; `bases`: name -> folder or Hub name."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder / ".cache")  # components look at it when they are made
-    bases = bases or ["emoji"]
+    bases = bases or {"emoji": "emoji"}
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, how to follow, and new words. {RIGHTS}")

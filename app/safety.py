@@ -26,7 +26,7 @@ TEXTS = {
     "class_noun", "object", "target_modules",
 }  # fmt: skip
 PATHS = {
-    "output_dir", "pretrained_model_name_or_path", "base_config", "controlnet_model_name_or_path", "prompt_file",
+    "pretrained_model_name_or_path", "base_config", "controlnet_model_name_or_path", "prompt_file",
     "validation_prompt_file", "train_data_dir", "validation_data_dir", "instance_data_dir", "class_data_dir",
 }  # fmt: skip
 PLAIN = re.compile(r"[\w+-][\w .+-]*")
@@ -110,7 +110,7 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases: list[str]) -> None:
+def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases: set[str]) -> None:
     """Refuses a config that names files outside `folders`, code, a base that the page does not offer, or a tracker.
 
     `root`: where the trainers run, from which relative names lead.
@@ -120,11 +120,11 @@ def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases:
     if config.get("report_to", "none") not in TRACKERS:
         raise ValueError(f"report_to: expected one of {', '.join(TRACKERS)} here, got {config['report_to']!r}.")
     for key, path, value in leaves(config):
-        if key in TEXTS:
+        if key in TEXTS or path == "output_dir":  # which the page sets itself
             continue
         if key == "pretrained_model_name_or_path":
             if value not in bases:
-                raise ValueError(f"{path}: this page offers {', '.join(bases)}, got {value!r}.")
+                raise ValueError(f"{path}: this page does not offer {value!r}; --base on its command line does.")
         elif value.startswith("emoji/") and ".." not in value or value in ("emoji", ""):
             continue
         elif key in PATHS or not PLAIN.fullmatch(value):

@@ -25,11 +25,12 @@ def build(page: ui.Page) -> None:
 
 
 def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
+    first_base = next(iter(page.bases))
     gr.Markdown("One picture for each pair of values: what does a setting do?")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox("a cat on a blue background", label="Prompt", elem_id="grid_prompt")
-            base = gr.Dropdown(page.bases, value=page.bases[0], label="Base model", visible=len(page.bases) > 1)
+            base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
             loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True)
             concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
             alignit = gr.Checkbox(False, label="AlignIT")
@@ -51,7 +52,7 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
 
     @ui.said
     def draw(
-        prompt: str, base: str = page.bases[0], loras: list[str] = (), concepts: list[str] = (), alignit: bool = False,
+        prompt: str, base: str = first_base, loras: list[str] = (), concepts: list[str] = (), alignit: bool = False,
         x: str = "guidance", xs: str = "1, 3, 5, 7", y: str = "seed", ys: str = "0, 1, 2", steps: float = 15,
         guidance: float = 5, seed: float = 0, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
@@ -73,11 +74,12 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
 
 
 def _attention(page: ui.Page) -> gr.Dropdown:
+    first_base = next(iter(page.bases))
     gr.Markdown("Where each word of a prompt looks while its picture is drawn.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox("a cat left of a tree", label="Prompt")
-            base = gr.Dropdown(page.bases, value=page.bases[0], label="Base model", visible=len(page.bases) > 1)
+            base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
             loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True)
             seed = gr.Number(0, label="Seed", precision=0)
             steps = gr.Slider(1, 100, 15, step=1, label="Denoising steps")
@@ -92,7 +94,7 @@ def _attention(page: ui.Page) -> gr.Dropdown:
 
     @ui.said
     def look(
-        prompt: str, base: str = page.bases[0], loras: list[str] = (), seed: float = 0, steps: float = 15,
+        prompt: str, base: str = first_base, loras: list[str] = (), seed: float = 0, steps: float = 15,
         request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:

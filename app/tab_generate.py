@@ -12,6 +12,7 @@ PICTURE, MAP = "a picture: read the map off it", "the map itself"
 
 
 def build(page: ui.Page) -> None:
+    first_base = next(iter(page.bases))
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox("a cat on a blue background", label="Prompt", lines=2, elem_id="prompt")
@@ -21,7 +22,7 @@ def build(page: ui.Page) -> None:
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
                 dice = gr.Button("Another seed", min_width=100)
-            base = gr.Dropdown(page.bases, value=page.bases[0], label="Base model", visible=len(page.bases) > 1)
+            base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
             with gr.Accordion("LoRAs and concepts", open=True):
                 loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True)
                 weights = gr.Textbox("1", label="Weights", info="One for all, or one each: 1, 0.7")
@@ -82,7 +83,7 @@ def build(page: ui.Page) -> None:
 
     @ui.said
     def draw(
-        prompt: str, seed: float = 0, base: str = page.bases[0], loras: list[str] = (), weights: str = "1",
+        prompt: str, seed: float = 0, base: str = first_base, loras: list[str] = (), weights: str = "1",
         concepts: list[str] = (), truncation: float = 0, alignit: bool = False, strength: float = 1,
         controlnet: str = "", control_scale: float = 1, kind: str = PICTURE, upload: str | None = None,
         sketch: dict | None = None, steps: float = 25, guidance: float = 5, negative: str = "",
@@ -117,7 +118,7 @@ def build(page: ui.Page) -> None:
         settings, control = generate.read_settings(path)
         values = asdict(settings)
         return [
-            settings.prompt, settings.seed, settings.base if settings.base in page.bases else page.bases[0],
+            settings.prompt, settings.seed, settings.base if settings.base in page.bases else first_base,
             list(settings.loras), ", ".join(f"{w:g}" for w in settings.loras.values()) or "1", settings.concepts,
             settings.truncation or 0, settings.alignit, settings.strength, settings.controlnet or "",
             settings.control_scale, MAP if control else PICTURE, control, None, settings.num_inference_steps,

@@ -21,10 +21,10 @@ QUICK = {"queue": False, "show_progress": "hidden"}  # looking, which never wait
 
 @dataclass
 class Page:
-    """`folder`: the only one that names lead into. `bases`: what the page offers."""
+    """`folder`: the only one that names lead into. `bases`: what the page offers, name -> where it is."""
 
     folder: Path
-    bases: list[str]
+    bases: dict[str, str]
     models: Models
     stops: dict[str, set[threading.Event]] = field(default_factory=lambda: defaultdict(set))
     on_load: list[tuple[Callable, list]] = field(default_factory=list)
