@@ -22,6 +22,11 @@ THEME = gr.themes.Default(
     primary_hue="indigo",
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(  # the theme's own gray is too light to read
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_600",
+    block_label_text_color_dark="*neutral_200",
 )
 CSS = """
 .pixels img { image-rendering: pixelated; width: 100%; }
@@ -37,7 +42,7 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
     bases = bases or {"emoji": "emoji"}
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
-        gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, how to follow, and new words. {RIGHTS}")
+        gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, to follow a map, and new words. {RIGHTS}")
         with gr.Tabs():
             with gr.Tab("Generate", id="generate"):
                 tab_generate.build(page)

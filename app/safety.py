@@ -40,7 +40,9 @@ def inside(folder: Path, name: str) -> Path:
     """The path of "mine" or "alignprop/mine" in a folder, and never of anything outside it."""
     parts = name.split("/") if isinstance(name, str) else []
     if not 1 <= len(parts) <= 2 or not all(NAME.fullmatch(part) for part in parts):
-        raise ValueError(f"A name has letters, digits, - and _, at most 60 of them and none of another kind: {name!r}.")
+        raise ValueError(
+            f"A name has 1 to 60 letters, digits, - and _, and begins with a letter or digit; got {name!r}."
+        )
     path = folder.joinpath(*parts)
     if not path.resolve().is_relative_to(folder.resolve()):  # a link that points away
         raise ValueError(f"{name} leads out of the folder of the page.")
@@ -59,6 +61,8 @@ def check_picture(path: str | Path) -> None:
     """Refuses what is no picture, or too large a one, by its header."""
     path = Path(path)
     name = path.name[:80]
+    if not path.is_file():
+        raise ValueError("Upload the picture as a file.")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{name} has more than {MAX_FILE_BYTES // 2**20} MB.")
     try:

@@ -47,8 +47,8 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
                 go = gr.Button("Draw the grid", variant="primary", min_width=120, elem_id="grid")
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            status = gr.Markdown("", min_height=80)
             picture = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid_image")
+            status = gr.Markdown("", min_height=60)
 
     @ui.said
     def draw(
@@ -87,7 +87,7 @@ def _attention(page: ui.Page) -> gr.Dropdown:
                 go = gr.Button("Look", variant="primary", min_width=120, elem_id="attention")
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            status = gr.Markdown("", min_height=80)
+            status = gr.Markdown("", min_height=60)
             maps = gr.Gallery(
                 label="Words", columns=3, format="png", height="auto", elem_classes="pixels", elem_id="attention_maps"
             )
@@ -117,7 +117,7 @@ def _reward(page: ui.Page) -> None:
     gr.Markdown("Where on a picture a reward looks: how its score would change with each pixel.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            upload = gr.Image(label="Picture", type="filepath", image_mode=None, sources=["upload"], height=240)
+            upload = ui.picture_upload(height=240)
             name = gr.Dropdown(list(explore.REWARDS), value="aesthetic", label="Reward")
             prompt = gr.Textbox("a cat on a blue background", label="Prompt, for alignment")
             method = gr.Radio(["saliency", "integrated gradients"], value="integrated gradients", label="Method")
@@ -125,8 +125,8 @@ def _reward(page: ui.Page) -> None:
                 go = gr.Button("Look", variant="primary", min_width=120)
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            status = gr.Markdown("", min_height=80)
             found = gr.Image(label="Map", format="png", interactive=False, elem_classes="pixels")
+            status = gr.Markdown("", min_height=60)
 
     @ui.said
     def look(

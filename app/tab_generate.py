@@ -19,12 +19,12 @@ def build(page: ui.Page) -> None:
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                 stop = gr.Button("Cancel", min_width=80, elem_id="cancel")
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
                 dice = gr.Button("Another seed", min_width=100)
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
             with gr.Accordion("LoRAs and concepts", open=True):
-                loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True)
+                loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True, elem_id="loras")
                 weights = gr.Textbox("1", label="Weights", info="One for all, or one each: 1, 0.7")
                 concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
                 words = gr.Markdown("Words that were learnt under *Personalize* appear here.")
@@ -39,13 +39,7 @@ def build(page: ui.Page) -> None:
                 kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
                 with gr.Tabs():
                     with gr.Tab("Upload"):
-                        upload = gr.Image(
-                            label="Picture",
-                            type="filepath",
-                            image_mode=None,
-                            sources=["upload", "clipboard"],
-                            height=200,
-                        )
+                        upload = ui.picture_upload(height=200)
                     with gr.Tab("Draw"):
                         sketch = gr.Sketchpad(
                             label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320,
@@ -58,11 +52,11 @@ def build(page: ui.Page) -> None:
                 steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
                 guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
         with gr.Column(scale=3, min_width=300):
-            status = gr.Markdown("", label="status", elem_id="generate_status", min_height=80)
             with gr.Row():
                 options = {"interactive": False, "format": "png", "elem_classes": "pixels", "min_width": 140}
                 before = gr.Image(label="Base", elem_id="base_image", **options)
                 after = gr.Image(label="Tuned", elem_id="tuned_image", **options)
+            status = gr.Markdown("", elem_id="generate_status", min_height=60)
             with gr.Accordion("Settings of these pictures", open=False):
                 used = gr.JSON(label="Settings")
                 gr.Markdown("Each PNG carries them: download one, and give it back here later.")

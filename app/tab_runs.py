@@ -11,7 +11,7 @@ COLUMNS = ["run", "state", "step", "of"]
 def build(page: ui.Page) -> None:
     hidden = {"api_visibility": "private", **ui.QUICK}
     with gr.Row():
-        table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Runs", max_height=260)
+        table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Runs", max_height=260, elem_id="runs_table")
     again = gr.Button("Look again", min_width=100, elem_id="runs_refresh")
     with gr.Tabs():
         with gr.Tab("Inspect"):

@@ -46,7 +46,14 @@ def _build(page: ui.Page, method: str) -> None:
                 _build_data(page, method, source)
             fields = _fields(method, presets[first])
             with gr.Accordion("All settings (YAML)", open=False):
-                text = gr.Code(presets[first], language="yaml", label="Settings", max_lines=30, interactive=True)
+                text = gr.Code(
+                    presets[first],
+                    language="yaml",
+                    label="Settings",
+                    max_lines=30,
+                    interactive=True,
+                    elem_id=f"{method}_yaml",
+                )
                 with gr.Row():
                     upload = gr.UploadButton("Upload", file_types=[".yaml", ".yml"], min_width=100)
                     download = gr.DownloadButton("Download", min_width=100)
@@ -225,7 +232,7 @@ def _fields(method: str, config: str) -> list[gr.components.Component]:
 
 def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
     hidden = {"api_visibility": "private", **ui.QUICK}
-    called = gr.Textbox(label="Name of the set", placeholder="my-pictures")
+    called = gr.Textbox(label="Name of the set", placeholder="my-pictures", elem_id=f"{method}_set")
     if method == "alignprop":
         prompts = gr.Textbox(label="Prompts, one a line", lines=5)
         keep = gr.Button("Keep these prompts")
@@ -248,7 +255,9 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
     )
     keep = gr.Button("Check and keep", elem_id=f"{method}_keep")
     told = gr.Markdown("")
-    table = gr.Dataframe(headers=["file", "", "why"], interactive=False, wrap=True, visible=False)
+    table = gr.Dataframe(
+        headers=["file", "", "why"], interactive=False, wrap=True, visible=False, elem_id=f"{method}_findings"
+    )
 
     @ui.said
     def keep_pictures(name: str, uploads: list[str] | None, captions: str):

@@ -35,6 +35,17 @@ class Page:
         return self.folder / "data"
 
 
+def picture_upload(**options: Any) -> gr.Image:
+    """An upload that is handed on as it lies there: what looks at it checks it first, and says what is wrong with it.
+
+    Gradio's own reading opens it, and all that the page shows of its refusal is the word "Error".
+    """
+    upload = gr.Image(label="Picture", sources=["upload"], **options)
+    # The path was checked to be an upload's; a picture inside of the request has none.
+    upload.preprocess = lambda payload: payload and (payload.path or "picture in the request")
+    return upload
+
+
 def said(function: Callable) -> Callable:
     """The function of an event, whose errors appear as a sentence; what nobody expected goes to the server's log."""
 
@@ -44,7 +55,7 @@ def said(function: Callable) -> Callable:
         if isinstance(error, Cancelled):
             return gr.Error("Cancelled.", title="Stopped", duration=4, print_exception=False)
         if isinstance(error, (ValueError, TypeError, FloatingPointError, FileNotFoundError, BlockingIOError)):
-            return gr.Error(html.escape(str(error)), print_exception=False)  # Gradio shows it as HTML
+            return gr.Error(html.escape(str(error), quote=False), print_exception=False)  # Gradio shows it as HTML
         logging.getLogger("app").exception("in %s", function.__name__)
         return gr.Error("Something went wrong here. The log of the page says more.", print_exception=False)
 
