@@ -122,4 +122,4 @@ def about(config: str) -> str:
         if not line.startswith("# "):
             break
         lines.append(line[2:].strip())
-    return " ".join(lines)
+    return " ".join(lines).partition(". ")[0].rstrip(".") + "."

@@ -43,7 +43,7 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, to follow a map, and new words. {RIGHTS}")
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Generate", id="generate"):
                 tab_generate.build(page)
             for title, methods in tab_train.TABS.items():

@@ -19,38 +19,10 @@ def build(page: ui.Page) -> None:
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                 stop = gr.Button("Cancel", min_width=80, elem_id="cancel")
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
                 dice = gr.Button("Another seed", min_width=100)
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
-            with gr.Accordion("LoRAs and concepts", open=True):
-                loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True, elem_id="loras")
-                weights = gr.Textbox("1", label="Weights", info="One for all, or one each: 1, 0.7")
-                concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
-                words = gr.Markdown("Words that were learnt under *Personalize* appear here.")
-                truncation = gr.Slider(
-                    0, 128, 0, step=1, label="Truncation", info="Units of NeTI's mapper that are kept; 0 keeps all"
-                )
-                alignit = gr.Checkbox(False, label="AlignIT", info="Keep the concept from the rest of the prompt")
-                strength = gr.Slider(0, 1, 1, step=0.05, label="AlignIT's strength")
-            with gr.Accordion("Control", open=False):
-                controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True)
-                control_scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
-                kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
-                with gr.Tabs():
-                    with gr.Tab("Upload"):
-                        upload = ui.picture_upload(height=200)
-                    with gr.Tab("Draw"):
-                        sketch = gr.Sketchpad(
-                            label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320,
-                            layers=False, transforms=(),
-                        )  # fmt: skip
-                preview = gr.Button("Preview what the ControlNet will see")
-                seen = gr.Image(label="What it sees", interactive=False, height=200, format="png")
-            with gr.Accordion("More", open=False):
-                negative = gr.Textbox("", label="Negative prompt")
-                steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
-                guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
                 options = {"interactive": False, "format": "png", "elem_classes": "pixels", "min_width": 140}
@@ -61,6 +33,35 @@ def build(page: ui.Page) -> None:
                 used = gr.JSON(label="Settings")
                 gr.Markdown("Each PNG carries them: download one, and give it back here later.")
                 png = gr.UploadButton("Load settings from a PNG", file_types=[".png"], elem_id="load_png")
+    with gr.Row():
+        with gr.Column(min_width=300), gr.Accordion("LoRAs and concepts", open=True):
+            loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True, elem_id="loras")
+            weights = gr.Textbox("1", label="Weights", info="One for all, or one each: 1, 0.7")
+            concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
+            words = gr.Markdown("Words that were learnt under *Personalize* appear here.")
+            truncation = gr.Slider(
+                0, 128, 0, step=1, label="Truncation", info="Units of NeTI's mapper that are kept; 0 keeps all"
+            )
+            alignit = gr.Checkbox(False, label="AlignIT", info="Keep the concept from the rest of the prompt")
+            strength = gr.Slider(0, 1, 1, step=0.05, label="AlignIT's strength")
+        with gr.Column(min_width=300), gr.Accordion("Control", open=False):
+            controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True)
+            control_scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
+            kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
+            with gr.Tabs():
+                with gr.Tab("Upload"):
+                    upload = ui.picture_upload(height=200)
+                with gr.Tab("Draw"):
+                    sketch = gr.Sketchpad(
+                        label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320,
+                        layers=False, transforms=(),
+                    )  # fmt: skip
+            preview = gr.Button("Preview what the ControlNet will see")
+            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png")
+        with gr.Column(min_width=300), gr.Accordion("More", open=False):
+            negative = gr.Textbox("", label="Negative prompt")
+            steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
+            guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
 
     chosen = [
         prompt, seed, base, loras, weights, concepts, truncation, alignit, strength,

@@ -162,7 +162,7 @@ def _build(page: ui.Page, method: str) -> None:
         key = f"{run}:{len(samples)}"
         return (
             str(state),
-            gr.LinePlot(table[table["curve"] == curve], y_title=curve or " "),
+            table[table["curve"] == curve],
             gr.skip() if key == shown else samples,
             jobs.log_tail(page.folder, run),
             gr.Dropdown(names, value=curve),

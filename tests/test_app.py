@@ -17,7 +17,9 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from alignkit import load_base
 from alignkit.artifacts import save_json, save_lora
@@ -483,6 +485,23 @@ def test_a_pickle_is_not_loaded(world):
     assert "alignprop/pickled" not in generate.loras(world.folder)
     with pytest.raises(ValueError):
         generate.draw(world, settings(loras={"alignprop/pickled": 1.0}))
+
+
+@pytest.mark.parametrize("threshold, black", [(-10.0, True), (10.0, False)])
+def test_a_safety_checker_sees_every_picture(world, tmp_path, threshold, black):
+    """Random weights; what decides is the threshold that every picture is above, or none."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = small | {"image_size": 32, "patch_size": 16, "projection_dim": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=small, projection_dim=16))
+    with torch.no_grad():
+        checker.concept_embeds.normal_()
+        checker.concept_embeds_weights.fill_(threshold)
+        checker.special_care_embeds_weights.fill_(10.0)
+    checker.save_pretrained(tmp_path)
+    CLIPImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path)
+    models = generate.Models(world.folder, world.bases, safety_checker=str(tmp_path))
+    seen = pixels(generate.draw(models, settings()))
+    assert (seen == 0).all() if black else (seen == pixels(generate.draw(world, settings()))).all()
 
 
 def test_names_of_loras_stay_different():
