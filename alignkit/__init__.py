@@ -18,6 +18,7 @@ _HOME = {
     "load_lora": "artifacts",
     "save_lora": "artifacts",
     "build_reward": "rewards",
+    "compose": "composed",
 }
 __all__ = ["__version__", "concepts", *_HOME]
 

@@ -98,6 +98,8 @@ def alignit(
     strength: float = 1.0,
     layers: Sequence[str] | None = None,
     timesteps: tuple[float, float] | None = None,
+    truncation: int | None = None,
+    base_adapters: Sequence[str] = (),
 ) -> Iterator[Any]:
     """Inside, prompts that hold a concept are drawn with AlignIT; afterwards the pipeline is as it was, come what may.
 
@@ -111,6 +113,9 @@ def alignit(
     custom: the customised pipeline, where `pipe` is the base: its queries and all else stay the base's then.
     source: of the concept's rows: the dummy prompt, or the same prompt in the customised model, which lets the words
         before the concept speak to it.
+    truncation: units of a NeTI concept's mapper that are kept.
+    base_adapters: names of LoRAs that belong to the base, such as a style's: every token keeps what they do, and only
+        the others are the customiser's.
 
     The paper infuses keys and values of all layers at all timesteps. These are ours: `infuse` keys or values alone;
     `strength` w, of (1 - w) base + w concept; `layers`, a choice of `attention.text_layers(pipe.unet)`; `timesteps`,
@@ -124,8 +129,11 @@ def alignit(
     if mode not in ("attention", "input"):
         raise ValueError(f"mode: expected attention or input, got {mode!r}.")
     if mode == "input":
-        if infuse != "both" or layers is not None or timesteps is not None:
-            raise ValueError("mode input exchanges whole rows before the first layer: no infuse, layers or timesteps.")
+        if infuse != "both" or layers is not None or timesteps is not None or truncation is not None or base_adapters:
+            raise ValueError(
+                "mode input exchanges whole rows before the first layer: no infuse, layers, timesteps, truncation or "
+                "base_adapters."
+            )
         with _input_rows(pipe, concepts, base, custom, source, strength):
             yield pipe
         return
@@ -134,10 +142,14 @@ def alignit(
         if other is not None:
             _check_family(other)
     _check_phrases(concepts)
+    if truncation is not None:
+        from alignkit.concepts import check_truncation
+
+        check_truncation([concept.learned for concept in concepts if concept.learned is not None], truncation)
     for concept in concepts:
         if concept.learned is not None:
             concept.learned.check(pipe)
-    pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None))
+    pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
     _check_network(pipe)
     if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
@@ -160,7 +172,7 @@ def alignit(
     tokenizers = tuple(name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None)
     window = min(getattr(base or pipe, name).model_max_length for name in tokenizers)
     segment = _Segment(tokenizers, 0, window)
-    text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment)
+    text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment, truncation, base_adapters)
     if not two_weights and base is None and custom is None:
         text.check_customised(pipe)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
@@ -226,9 +238,18 @@ class _Text:
     """Prompts in the base's words, and the rows of the concepts in the customised model's."""
 
     def __init__(
-        self, custom: Any, base: Any, concepts: Sequence[Concept], source: str, num_layers: int, segment: _Segment
+        self,
+        custom: Any,
+        base: Any,
+        concepts: Sequence[Concept],
+        source: str,
+        num_layers: int,
+        segment: _Segment,
+        truncation: int | None = None,
+        base_adapters: Sequence[str] = (),
     ):
         self.custom, self.base, self.source, self.segment = custom, base, source, segment
+        self.truncation, self.base_adapters = truncation, base_adapters
         self.concepts = [_on_device(concept, custom) for concept in concepts]
         self.num_layers, self.cache, self.window = num_layers, {}, segment.window
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
@@ -236,7 +257,9 @@ class _Text:
     def check_customised(self, pipe: Any) -> None:
         """ValueError for a phrase that is nothing but plain words, in a pipeline that nobody customised."""
         transformer = getattr(pipe, "transformer", None)
-        adapted = any(_adapters(m) for m in [*_text_encoders(pipe), *([] if transformer is None else [transformer])])
+        modules = [*_text_encoders(pipe), *([] if transformer is None else [transformer])]
+        layers = [layer for module in modules for layer in _adapters(module)]
+        adapted = any(set(layer.active_adapters) - set(self.base_adapters) for layer in layers)
         for concept in self.concepts:
             known = [token for t in self.segment.of(pipe) for token in t.get_added_vocab() if token in concept.phrase]
             if not (adapted or known or concept.learned is not None or concept.values_from):
@@ -347,7 +370,7 @@ class _Text:
         first = tokens[0].spans[span.index][1]
         time = torch.tensor([float(timestep)], device=self.custom.unet.device)
         clip_skip = extra.get("clip_skip") or 0
-        keys, values = encode_contexts(own, [tokens], learned, time, self.num_layers, clip_skip=clip_skip)
+        keys, values = encode_contexts(own, [tokens], learned, time, self.num_layers, self.truncation, clip_skip)
         rows = slice(first, first + span.concept.learned.module.num_vectors)
         return keys[0, :, rows].to(self.custom.unet.dtype), values[0, :, rows].to(self.custom.unet.dtype)
 
@@ -452,7 +475,7 @@ def _encode_prompt(original: Callable, text: _Text, bank: "_Bank | None", streng
         if prompts["prompt"] and not any(prompt.spans for prompt in prompts["prompt"]):
             phrases = " or ".join(repr(concept.phrase) for concept in text.concepts)
             warnings.warn(f"No concept in {values['prompt']!r}: expected {phrases}. The base draws it.", stacklevel=3)
-        with _without_adapters(text.base):
+        with _base_adapters(text.base, text.base_adapters):
             prompt_embeds, negative_prompt_embeds, *rest = text.encode_base(*given.args, **given.kwargs)
         images = values.get("num_images_per_prompt", 1)
         return (
@@ -574,7 +597,7 @@ def _input_rows(
                 values[name] = plain[0] if isinstance(given_text, str) else plain
         if prompts and not any(prompt.spans for prompt in placed[0]):
             warnings.warn(f"No concept in {prompts!r}: the base draws it.", stacklevel=3)
-        with _without_adapters(other):
+        with _base_adapters(other, ()):
             prompt_embeds, *rest = encode_base(*given.args, **given.kwargs)
         images = values.get("num_images_per_prompt", 1)
         pieces, end = [], 0
@@ -727,14 +750,15 @@ def _adapters(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _without_adapters(pipe: Any) -> Iterator[None]:
-    """Inside, the text encoders are the base's."""
+def _base_adapters(pipe: Any, names: Sequence[str]) -> Iterator[None]:
+    """Inside, the text encoders are the base's: of their active adapters, `names` alone."""
     layers = [layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)]
-    enabled = [layer for layer in layers if not layer.disable_adapters]
-    for layer in enabled:
-        layer.enable_adapters(False)
+    active = [(layer, list(layer.active_adapters)) for layer in layers if not layer.disable_adapters]
+    for layer, own in active:
+        kept = [name for name in own if name in names]
+        layer.set_adapter(kept, inference_mode=True)
     try:
         yield
     finally:
-        for layer in enabled:
-            layer.enable_adapters(True)
+        for layer, own in active:
+            layer.set_adapter(own, inference_mode=True)

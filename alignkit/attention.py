@@ -228,13 +228,17 @@ class ProjectionPair:
 
 
 def projection_pairs(
-    denoiser: nn.Module, base: nn.Module | None = None, custom: nn.Module | None = None
+    denoiser: nn.Module,
+    base: nn.Module | None = None,
+    custom: nn.Module | None = None,
+    base_adapters: Sequence[str] = (),
 ) -> list[ProjectionPair]:
     """Where text becomes keys and values: the base's projections and the customised model's, in the order of the names.
 
     Both are in `denoiser` for a LoRA that is not merged (the base lies below it) and for Custom Diffusion (the
     customised ones lie in the processor). Else the other network is given: `base` when `denoiser` is customised,
-    `custom` when it is the base. A pair whose two modules are one was not customised.
+    `custom` when it is the base. A pair whose two modules are one was not customised. `base_adapters`: names of LoRAs
+    that are part of the base.
 
     Raises ValueError for a LoRA that was merged, for fused projections, for ones with a bias, and when the two networks
     do not fit each other.
@@ -250,14 +254,13 @@ def projection_pairs(
         for part in ("to_k", "to_v"):
             called = _customised(attention, part)
             if base is not None:
-                pair = ProjectionPair(
-                    f"{name}.{part}", called, _plain(_same_layer(base, name, attention), part), called
-                )
+                other = _plain(_same_layer(base, name, attention), part, base_adapters)
+                pair = ProjectionPair(f"{name}.{part}", called, other, called)
             elif custom is not None:
                 other = _customised(_same_layer(custom, name, attention), part)
                 pair = ProjectionPair(f"{name}.{part}", called, called, other)
             else:
-                pair = ProjectionPair(f"{name}.{part}", called, _plain(attention, part), called)
+                pair = ProjectionPair(f"{name}.{part}", called, _plain(attention, part, base_adapters), called)
             for module in (pair.base, pair.custom):
                 if getattr(module, "merged", False):
                     raise ValueError(
@@ -303,12 +306,33 @@ def _customised(attention: Attention, part: str) -> nn.Module:
     return getattr(attention, part) if own is None else own
 
 
-def _plain(attention: Attention, part: str) -> nn.Module:
-    """The projection below any LoRA."""
+def _plain(attention: Attention, part: str, adapters: Sequence[str] = ()) -> nn.Module:
+    """The projection below any LoRA but `adapters`."""
     module = getattr(attention, part)
-    if getattr(module, "merged", False):
-        return module  # for the caller to refuse
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if getattr(module, "merged", False) or not hasattr(module, "get_base_layer"):
+        return module  # a merged one is for the caller to refuse
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    kept = [name for name in active if name in adapters]
+    if kept == active:
+        return module if active else module.get_base_layer()
+    return SomeAdapters(module, kept) if kept else module.get_base_layer()
+
+
+class SomeAdapters(nn.Module):
+    """A layer of peft with some of its active adapters only."""
+
+    def __init__(self, layer: nn.Module, adapters: Sequence[str]):
+        super().__init__()
+        self.adapters = list(adapters)
+        self.__dict__["layer"] = layer  # not a submodule: it has its place in the network
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = list(self.layer.active_adapters)
+        self.layer.set_adapter(self.adapters, inference_mode=True)
+        try:
+            return self.layer.forward(x)
+        finally:
+            self.layer.set_adapter(active, inference_mode=True)
 
 
 def _same_layer(other: nn.Module, name: str, attention: Attention) -> Attention:

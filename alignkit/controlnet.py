@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel
@@ -66,19 +67,7 @@ def load_controlnet(path: str, unet: nn.Module, vae_scale_factor: int) -> Contro
     made_by = config.get("_class_name")
     if made_by != "ControlNetModel":
         raise ValueError(f"{path}: expected a ControlNetModel, got {made_by}")
-    halvings = len(config.get("conditioning_embedding_out_channels", EMBEDDING_CHANNELS)) - 1
-    if 2**halvings != vae_scale_factor:
-        raise ValueError(
-            f"{path} does not fit this base: its control encoder is for a VAE factor of {2**halvings}, the base's is "
-            f"{vae_scale_factor}"
-        )
-    for key in SHARED:
-        theirs, ours = config.get(key), unet.config.get(key)
-        theirs, ours = ([list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v] for v in (theirs, ours))
-        if theirs != ours:
-            raise ValueError(
-                f"{path} is a ControlNet of another base: its {key} is {theirs[0]}, this base's is {ours[0]}"
-            )
+    check_fit(config, unet, vae_scale_factor, path)
     try:
         controlnet, info = ControlNetModel.from_pretrained(
             path, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
@@ -106,6 +95,23 @@ def _from_single_file(path: str, unet: nn.Module, vae_scale_factor: int) -> Cont
         )
     controlnet.load_state_dict(weights)
     return controlnet
+
+
+def check_fit(config: Mapping[str, Any], unet: nn.Module, vae_scale_factor: int, name: str) -> None:
+    """Raises ValueError for the config of a ControlNet that was made for another base."""
+    halvings = len(config.get("conditioning_embedding_out_channels", EMBEDDING_CHANNELS)) - 1
+    if 2**halvings != vae_scale_factor:
+        raise ValueError(
+            f"{name} does not fit this base: its control encoder is for a VAE factor of {2**halvings}, the base's is "
+            f"{vae_scale_factor}"
+        )
+    for key in SHARED:
+        theirs, ours = config.get(key), unet.config.get(key)
+        theirs, ours = ([list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v] for v in (theirs, ours))
+        if theirs != ours:
+            raise ValueError(
+                f"{name} is a ControlNet of another base: its {key} is {theirs[0]}, this base's is {ours[0]}"
+            )
 
 
 def save_controlnet(folder: str | os.PathLike, controlnet: nn.Module) -> Path:

@@ -188,15 +188,31 @@ def load(
         if (file.parent / EMBEDDINGS).is_file():
             pipe.load_textual_inversion(str(file.parent), weight_name=EMBEDDINGS)
     elif any("lora" in key for key in keys):
-        if any(key.startswith(("text_encoder", "lora_te")) for key in keys):
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        else:
-            load_lora(pipe, file)
+        load_lora_file(pipe, file)
     else:
         learned = concepts.load(file, super_category_token=class_noun, placeholder_token=phrase).concepts[0]
         learned.check(pipe)
         return Customized(pipe, replace(concept, learned=learned))
     return Customized(pipe, concept)
+
+
+def changes_weights(path: str | Path) -> bool:
+    """Whether a customiser's folder or file, as of `load`, holds more than rows of text."""
+    path = Path(path)
+    if (path / CONCEPT).is_file() or (path / "unet").is_dir():
+        return True
+    file = next((path / name for name in (LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS) if (path / name).is_file()), path)
+    return file.is_file() and any("lora" in key or "_custom_diffusion" in key for key in load_tensors(file))
+
+
+def load_lora_file(pipe: Any, path: str | Path, adapter_name: str = "default") -> None:
+    """A LoRA of the network, of the text encoders, or of both, into a stock pipeline. ValueError as `load_lora`."""
+    path = Path(path)
+    file = path / LORA_WEIGHTS if path.is_dir() else path
+    if any(key.startswith(("text_encoder", "lora_te")) for key in load_tensors(file)):
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
+    else:
+        load_lora(pipe, file, adapter_name)
 
 
 def _dreambooth(pipe: Any, path: Path) -> Any:

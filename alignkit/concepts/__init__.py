@@ -122,11 +122,7 @@ class Concepts:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"Two concepts are called {twice.pop()}: train one of them under another placeholder.")
-        if truncation is not None:
-            sizes = [concept.module.hidden_size for concept in self.concepts if concept.kind == "neti"]
-            if not sizes or not 0 <= truncation <= min(sizes):
-                expected = f"between 0 and {min(sizes)}" if sizes else "None, as there is no mapper to truncate"
-                raise ValueError(f"truncation: expected {expected}, got {truncation}.")
+        check_truncation(self.concepts, truncation)
         for concept in self.concepts:
             concept.check(pipe)
         with attached(pipe, self.concepts, truncation):
@@ -176,6 +172,16 @@ def create(
     return Concept(
         placeholder_token, super_category_token, kind, module, widths, layers, norms, alpha, settings, base_model
     )
+
+
+def check_truncation(concepts: Sequence[Concept], truncation: int | None) -> None:
+    """Raises ValueError for a number of units that a mapper does not have, or where there is no mapper."""
+    if truncation is None:
+        return
+    sizes = [concept.module.hidden_size for concept in concepts if concept.kind == "neti"]
+    if not sizes or not 0 <= truncation <= min(sizes):
+        expected = f"between 0 and {min(sizes)}" if sizes else "None, as there is no mapper to truncate"
+        raise ValueError(f"truncation: expected {expected}, got {truncation}.")
 
 
 def noun_norms(own: Sequence[Tower], noun: str) -> list[float]:

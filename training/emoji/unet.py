@@ -95,8 +95,8 @@ def main(steps: int, warm_start: bool, seed: int = 31) -> None:
     # a short average: one over 2,000 steps lagged behind the falling learning rate and drew worse than the last weights
     fit.fit(
         "unet", unet, loss_fn, make_batch, save,
-        steps=steps, learning_rate=6e-4, muon_learning_rate=2e-3, cooldown=0.5, seed=seed, ema_decay=0.99, save_every=500,
-        distinct_batches=3000,
+        steps=steps, learning_rate=6e-4, muon_learning_rate=2e-3, cooldown=0.5, seed=seed, ema_decay=0.99,
+        save_every=500, distinct_batches=3000,
     )  # fmt: skip
 
 

@@ -1,0 +1,42 @@
+"""The page in a browser: `python -m app`, then http://127.0.0.1:7860."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    parser.add_argument("--folder", default="runs", help="Runs, LoRAs, concepts and uploads: the only one it touches.")
+    parser.add_argument(
+        "--base", action="append", help="Base model to offer: emoji, a diffusers folder, a Hub name. May be repeated."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="Any other than this machine's own needs a password.")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument(
+        "--password",
+        default=os.environ.get("ALIGNKIT_PASSWORD"),
+        help="For the user alignkit; better given as ALIGNKIT_PASSWORD, which no list of processes shows.",
+    )
+    parser.add_argument(
+        "--safety_checker", help="Folder or Hub name of a Stable Diffusion safety checker that sees every picture."
+    )
+    options = parser.parse_args(argv)
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError:
+        sys.exit("The page needs Gradio: pip install -e '.[app]'")
+    from app import page
+
+    places = {base: Path(base) for base in options.base or ["emoji"]}
+    bases = {p.name if p.exists() else base: str(p.resolve()) if p.exists() else base for base, p in places.items()}
+    try:
+        demo = page.build(options.folder, bases, options.safety_checker)
+        page.launch(demo, options.folder, options.host, options.port, options.password)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

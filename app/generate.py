@@ -1,0 +1,337 @@
+"""Pictures: the one base model in memory with its parts, drawing from it, and the settings in each PNG."""
+
+import base64
+import binascii
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from alignkit.artifacts import LORA_WEIGHTS, load_json
+from app import jobs, safety
+
+SETTINGS, CONTROL = "alignkit-page", "alignkit-control"  # text chunks of a PNG
+LIMITS = {"num_inference_steps": (1, 200), "guidance_scale": (0, 30), "strength": (0, 1), "control_scale": (0, 2)}
+MAX_PROMPT = 2000
+
+
+class Cancelled(Exception):
+    """Somebody pressed the button."""
+
+
+@dataclass
+class Settings:
+    """What draws a picture again, by names of the page."""
+
+    prompt: str
+    base: str = "emoji"
+    seed: int = 0
+    negative_prompt: str = ""
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    loras: dict[str, float] = field(default_factory=dict)
+    concepts: list[str] = field(default_factory=list)
+    truncation: int | None = None
+    alignit: bool = False
+    strength: float = 1.0
+    controlnet: str | None = None
+    control_scale: float = 1.0
+
+    def check(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("Say what to draw: the prompt is empty.")
+        if max(len(self.prompt), len(self.negative_prompt)) > MAX_PROMPT:
+            raise ValueError(f"A prompt has at most {MAX_PROMPT} letters.")
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name.replace('_', ' ')}: expected {low} to {high}, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"The seed is a whole number from 0 to {2**32 - 1}, got {self.seed}.")
+        for name, weight in self.loras.items():
+            if not -2 <= weight <= 2:
+                raise ValueError(f"The weight of {name}: expected -2 to 2, got {weight}.")
+
+    @property
+    def is_tuned(self) -> bool:
+        return bool(self.loras or self.concepts or self.controlnet)
+
+
+class Models:
+    """One base at a time, and what was composed on it last. Calls come one after another."""
+
+    def __init__(self, folder: Path, bases: Mapping[str, str], safety_checker: str | None = None):
+        self.folder, self.bases, self.safety_checker = folder, bases, safety_checker
+        self.lock = threading.Lock()
+        self._base: tuple[str, Any] | None = None
+        self._composed: tuple[tuple, Any] | None = None
+        self._checker: Any = None
+
+    def base(self, name: str) -> Any:
+        """An `alignkit.Base`."""
+        import torch
+
+        from alignkit import load_base
+
+        if name not in self.bases:
+            raise ValueError(f"This page offers {', '.join(self.bases)}, got {name!r}.")
+        if self._base is None or self._base[0] != name:
+            self._base = self._composed = None  # the old one goes before the new one comes
+            cuda = torch.cuda.is_available()
+            base = load_base(
+                self.bases[name], device="cuda" if cuda else "cpu", dtype=torch.float16 if cuda else torch.float32
+            )
+            self._base = (name, base)
+        return self._base[1]
+
+    def composed(self, settings: Settings) -> Any:
+        """The base with the parts that these settings name, as `alignkit.compose` puts them together."""
+        from alignkit import compose
+
+        base = self.base(settings.base)
+        parts = (settings.base, tuple(settings.loras), tuple(settings.concepts), settings.controlnet)
+        versions = tuple(_version(jobs.find(self.folder, name)) for name in self._names(settings))
+        if self._composed is None or self._composed[0] != (parts, versions):
+            if self._composed is not None:
+                self._composed[1].unload()
+                self._composed = None
+            composed = compose(
+                base.pipeline(),
+                loras={adapter(name): jobs.find(self.folder, name) for name in settings.loras},
+                concepts=[jobs.find(self.folder, name) for name in settings.concepts],
+                controlnet=str(jobs.find(self.folder, settings.controlnet)) if settings.controlnet else None,
+            )
+            composed.pipe.set_progress_bar_config(disable=True)
+            self._composed = ((parts, versions), composed)
+        return self._composed[1]
+
+    @staticmethod
+    def _names(settings: Settings) -> list[str]:
+        return [*settings.loras, *settings.concepts, *([settings.controlnet] if settings.controlnet else [])]
+
+    def plain(self, name: str) -> Any:
+        """The stock pipeline of the base alone, which is what a composed one draws with outside of its own calls."""
+        base = self.base(name)
+        pipe = base.pipeline() if self._composed is None else self._composed[1].base
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def check_safety(self, image: Image.Image) -> Image.Image:
+        """The picture, or a black one where the safety checker that was named objects."""
+        if self.safety_checker is None:
+            return image
+        import numpy as np
+        import torch
+        from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        if self._checker is None:
+            where = self.safety_checker
+            self._checker = (
+                CLIPImageProcessor.from_pretrained(where),
+                StableDiffusionSafetyChecker.from_pretrained(where, use_safetensors=True).eval(),
+            )
+        processor, checker = self._checker
+        pixels = processor(image, return_tensors="pt").pixel_values
+        with torch.no_grad():
+            checked, _ = checker(images=np.asarray(image, dtype=np.float32)[None] / 255, clip_input=pixels)
+        return Image.fromarray((checked[0] * 255).round().astype(np.uint8))
+
+
+def adapter(name: str) -> str:
+    """A run's name as a LoRA's: letters, digits and _ alone, and different runs stay different."""
+    return name.replace("_", "__").replace("/", "_s_").replace("-", "_d_")
+
+
+def _version(path: Path) -> float:
+    return max((file.stat().st_mtime for file in path.glob("*.safetensors")), default=0.0)
+
+
+# What there is to draw with
+
+
+def loras(folder: Path) -> list[str]:
+    return [run for run in jobs.runs(folder) if (folder / run / LORA_WEIGHTS).is_file() and not _concept(folder / run)]
+
+
+def concepts(folder: Path) -> dict[str, str]:
+    """Names of the runs that learnt a word, with the word."""
+    found = {run: _concept(folder / run) for run in jobs.runs(folder)}
+    return {run: word for run, word in found.items() if word}
+
+
+def _concept(path: Path) -> str | None:
+    for file, key in (("concept.json", "phrase"), ("config.json", "placeholder_token")):
+        if (path / file).is_file():
+            return load_json(path / file).get(key)
+    return None
+
+
+def controlnets(folder: Path) -> list[str]:
+    from alignkit.controlnet import WEIGHTS
+
+    return [run for run in jobs.runs(folder) if (folder / run / WEIGHTS).is_file()]
+
+
+# Controls
+
+
+def extract_control(
+    models: Models, base: str, controlnet: str | None, picture: Image.Image, is_map: bool
+) -> Image.Image:
+    """What the ControlNet is shown, at the base's size: a map that was given, or one that is read off a picture."""
+    height, width = models.base(base).image_size()
+    picture = ImageOps.fit(picture, (width, height))
+    if is_map:
+        return picture
+    from diffusers.utils import numpy_to_pil
+    from torchvision.transforms.functional import to_tensor
+
+    condition = _condition(models.folder, controlnet)
+    control = condition.control(condition.extract(to_tensor(picture)[None]))
+    return numpy_to_pil(control.permute(0, 2, 3, 1).cpu().numpy())[0]
+
+
+def _condition(folder: Path, controlnet: str | None) -> Any:
+    """Of the run that trained this ControlNet."""
+    from alignkit.conditions import CONDITIONS, build_condition
+
+    if not controlnet:
+        raise ValueError("Choose a ControlNet: it decides what is read off the picture.")
+    said = safety.read_config(jobs.config_of(folder, controlnet)).get("condition", {})
+    if said.get("name") not in CONDITIONS:
+        raise ValueError(f"{controlnet} does not say what its control is: give the map itself.")
+    return build_condition(said["name"], **said.get("args", {}))
+
+
+# Drawing
+
+
+def draw(
+    models: Models,
+    settings: Settings,
+    control: Image.Image | None = None,
+    *,
+    tuned: bool = True,
+    tell: Callable[[int, int], None] = lambda step, steps: None,
+    stop: threading.Event | None = None,
+) -> Image.Image:
+    """One picture, with its settings in it; `tuned` or by the base alone, from the same noise.
+
+    `tell(step, steps)` is called after each denoising step. Raises Cancelled soon after `stop` is set.
+    """
+    settings.check()
+
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: Mapping) -> Mapping:
+        if stop is not None and stop.is_set():
+            raise Cancelled
+        tell(step + 1, settings.num_inference_steps)
+        return tensors
+
+    options = {
+        "negative_prompt": settings.negative_prompt or None,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "callback_on_step_end": after_step,
+    }
+    with models.lock:
+        models.base(settings.base).check_prompts([settings.prompt, settings.negative_prompt])
+        if tuned and settings.is_tuned:
+            composed = models.composed(settings)
+            if settings.controlnet:
+                if control is None:
+                    raise ValueError("This ControlNet wants a control: upload or draw one.")
+                options |= {"controlnet_conditioning_scale": settings.control_scale}
+            image = composed(
+                settings.prompt,
+                control_image=control if settings.controlnet else None,
+                alignit={"strength": settings.strength} if settings.alignit else False,
+                lora_scale={adapter(name): weight for name, weight in settings.loras.items()},
+                truncation=settings.truncation if settings.concepts else None,
+                seed=settings.seed,
+                **options,
+            ).images[0]
+        else:
+            import torch
+
+            pipe = models.plain(settings.base)
+            generator = torch.Generator().manual_seed(settings.seed)
+            image = pipe(_without_concepts(models.folder, settings), generator=generator, **options).images[0]
+        image = models.check_safety(image)
+    return with_settings(image, settings, control if tuned else None)
+
+
+def _without_concepts(folder: Path, settings: Settings) -> str:
+    """The prompt that the base alone is given: its own word in the place of a learnt one."""
+    prompt = settings.prompt
+    for run in settings.concepts:
+        path = jobs.find(folder, run)
+        if (path / "concept.json").is_file():
+            said = load_json(path / "concept.json")
+            prompt = prompt.replace(said["phrase"], said["class_noun"])
+        else:
+            said = load_json(path / "config.json")
+            prompt = prompt.replace(said["placeholder_token"], said["super_category_token"])
+    return prompt
+
+
+def with_settings(image: Image.Image, settings: Settings, control: Image.Image | None) -> Image.Image:
+    """Gradio writes what is in `info` into the PNG it serves."""
+    image.info = {SETTINGS: json.dumps(asdict(settings))}
+    if control is not None:
+        buffer = io.BytesIO()
+        control.convert("RGB").save(buffer, "PNG")
+        image.info[CONTROL] = base64.b64encode(buffer.getvalue()).decode()
+    return image
+
+
+def read_settings(png: str | Path) -> tuple[Settings, Image.Image | None]:
+    """What `with_settings` wrote, checked as anything that is uploaded."""
+    safety.check_picture(png)
+    with Image.open(png, formats=("PNG",) if str(png).lower().endswith(".png") else safety.IMAGE_FORMATS) as image:
+        info = {key: value for key, value in getattr(image, "text", image.info).items() if isinstance(value, str)}
+    if SETTINGS not in info:
+        raise ValueError("This picture carries no settings: it was not drawn by this page, or was saved anew since.")
+    try:
+        said = json.loads(info[SETTINGS])
+        settings = Settings(**{f.name: _of_kind(f, said[f.name]) for f in fields(Settings) if f.name in said})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError("The settings in this picture are damaged.") from error
+    settings.check()
+    control = None
+    if CONTROL in info:
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(info[CONTROL], validate=True)), formats=("PNG",)) as image:
+                control = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+            raise ValueError("The control in this picture is damaged.") from error
+    return settings, control
+
+
+def _of_kind(f: Any, value: Any) -> Any:
+    kinds = {
+        "loras": lambda v: {str(name): float(weight) for name, weight in v.items()},
+        "concepts": lambda v: [str(name) for name in v],
+        "controlnet": lambda v: None if v is None else str(v),
+        "truncation": lambda v: None if v is None else int(v),
+    }
+    return kinds.get(f.name, f.type)(value)
+
+
+class Timer:
+    """Says how far a piece of work is, and how long it will take from here."""
+
+    def __init__(self, progress: Callable, what: str, total: int):
+        self.progress, self.what, self.total, self.done = progress, what, total, 0
+        self.started = time.perf_counter()
+
+    def __call__(self, *_: Any) -> None:
+        self.done += 1
+        pace = (time.perf_counter() - self.started) / self.done
+        left = jobs.duration(pace * (self.total - self.done))
+        self.progress(min(1.0, self.done / self.total), desc=f"{self.what}: {left} left")

@@ -1,0 +1,318 @@
+"""Trainings: processes of their own, which outlive the page, and everything that is known of them from their folders.
+
+A run is `<folder>/<method>/<name>`. The page writes job.yaml (its config) and job.json (which process trains) there;
+the trainer writes all else. Nothing is kept in memory, so a page that is started again sees what the one before saw.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from alignkit.artifacts import load_json, read_events, remove, save_json
+from app import safety
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("alignprop", "controlnetpp", "neti", "customize")
+CONFIG, RECORD, LOG = "job.yaml", "job.json", "log.txt"
+ARTIFACTS = (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".md", ".txt")
+START = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Status:
+    """state: running, finished, stopped (can be resumed), or failed. message: why, in a sentence."""
+
+    state: str
+    step: int = 0
+    max_steps: int = 0
+    seconds_left: float | None = None
+    message: str = ""
+
+    def __str__(self) -> str:
+        text = f"**{self.state}**, {self.step} of {self.max_steps} steps" if self.max_steps else f"**{self.state}**"
+        if self.state == "running" and not self.step:
+            text = "**running**, getting ready"
+        if self.seconds_left is not None:
+            text += f", {duration(self.seconds_left)} left"
+        return f"{text}. {self.message}".strip()
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+# Starting and stopping
+
+
+def start(folder: Path, method: str, name: str, config: str, bases: Mapping[str, str]) -> str:
+    """Starts a training with this YAML; returns the run's name, such as "alignprop/mine"."""
+    if method not in METHODS:
+        raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
+    safety.inside(folder, name)  # for a sentence about the name alone
+    run = f"{method}/{name}"
+    path = safety.inside(folder, run)
+    config = _checked(folder, config, bases)
+    with START:
+        _refuse_second(folder)
+        if path.exists():
+            raise ValueError(f"There is a run called {name} already: resume it, delete it, or choose another name.")
+        path.mkdir(parents=True)
+        (path / CONFIG).write_text(config, encoding="utf-8")
+        _spawn(path, method)
+    return run
+
+
+def resume(folder: Path, run: str, bases: Mapping[str, str]) -> None:
+    """The same command again, which goes on from the newest checkpoint."""
+    path = find(folder, run)
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{run} was not started here: resume it by the command that started it.")
+    _checked(folder, (path / CONFIG).read_text(encoding="utf-8"), bases)
+    with START:
+        _refuse_second(folder)
+        _spawn(path, load_json(path / RECORD)["method"])
+
+
+def stop(folder: Path, run: str) -> None:
+    """Asks the training to save and end after its current step."""
+    process = running(find(folder, run))
+    if process is None:
+        raise ValueError(f"{run} is not being trained.")
+    process.send_signal(signal.SIGTERM)  # trainers take it as Ctrl-C; but no shell makes a process deaf to it
+
+
+def dry_run(folder: Path, method: str, config: str, bases: Mapping[str, str]) -> Iterator[str]:
+    """Two steps without a trace. Yields what to say so far, at last time and memory; closing it ends the process."""
+    if method not in METHODS:
+        raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
+    config = _checked(folder, config, bases)
+    with START:
+        _refuse_second(folder)
+    scratch = folder / ".dry-run" / str(threading.get_ident())
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / CONFIG).write_text(config, encoding="utf-8")
+    process = None
+    try:
+        with open(scratch / LOG, "wb") as log:
+            process = _popen([*_command(scratch, method), "--dry_run", "true"], log)
+        while process.poll() is None:
+            yield "Measuring two steps…"
+            try:
+                process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                continue
+        lines = _log_lines(scratch)
+        found = [line for line in lines if line.startswith("dry run:")]
+        if process.returncode or not found:
+            raise ValueError(_last_words(lines))
+        yield "\n\n".join(found)
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
+        remove(scratch)
+
+
+def delete(folder: Path, run: str) -> None:
+    path = find(folder, run)
+    if running(path):
+        raise ValueError(f"{run} is being trained: stop it first.")
+    remove(path)
+
+
+def _checked(folder: Path, config: str, bases: Mapping[str, str]) -> str:
+    """The YAML, with the base's place where it has the page's name for it."""
+    data = safety.read_config(config)
+    safety.check_config(data, ROOT, [ROOT / "configs", folder], {*bases, *bases.values()})
+    base = data.get("pretrained_model_name_or_path", "emoji")
+    return (
+        set_values(config, {"pretrained_model_name_or_path": bases[base]}) if bases.get(base, base) != base else config
+    )
+
+
+def _refuse_second(folder: Path) -> None:
+    busy = [run for run in runs(folder) if running(folder / run)]
+    if busy:
+        raise ValueError(f"{busy[0]} is being trained: one training at a time, so wait for it or stop it.")
+
+
+def _command(path: Path, method: str) -> list[str]:
+    script = ROOT / "training" / f"{method}.py"
+    return [sys.executable, str(script), "--config", str(path / CONFIG), "--output_dir", str(path)]
+
+
+def _popen(command: list[str], log: Any) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,  # configs name their files from there
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # neither Ctrl-C nor the end of the page's terminal reaches it
+    )
+
+
+def _spawn(path: Path, method: str) -> None:
+    with open(path / LOG, "ab") as log:
+        process = _popen(_command(path, method), log)
+    born = psutil.Process(process.pid).create_time()  # a pid alone may be another process by tomorrow
+    save_json({"method": method, "pid": process.pid, "born": born}, path / RECORD)
+    threading.Thread(target=process.wait, daemon=True).start()  # else it stays a zombie as long as the page lives
+
+
+# Looking
+
+
+def running(path: Path) -> psutil.Process | None:
+    """The process that trains there."""
+    if not (path / RECORD).is_file():
+        return None
+    record = load_json(path / RECORD)
+    try:
+        process = psutil.Process(record["pid"])
+        alive = process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return None
+    return process if alive else None
+
+
+def runs(folder: Path) -> list[str]:
+    """Names of all runs, the newest first."""
+    found = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if _is_run(p)]
+    found = [p for p in found if all(safety.NAME.fullmatch(part) for part in p.relative_to(folder).parts)]
+    return [p.relative_to(folder).as_posix() for p in sorted(found, key=_changed, reverse=True)]
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (CONFIG, "events.jsonl"))
+
+
+def _changed(path: Path) -> float:
+    return max((path / name).stat().st_mtime for name in (CONFIG, "events.jsonl") if (path / name).is_file())
+
+
+def find(folder: Path, run: str) -> Path:
+    path = safety.inside(folder, run or "")
+    if not _is_run(path):
+        raise ValueError(f"There is no run {run}.")
+    return path
+
+
+def status(folder: Path, run: str) -> Status:
+    path = find(folder, run)
+    events = read_events(path / "events.jsonl")
+    begun = [event for event in events if event["type"] == "start"]
+    max_steps = begun[-1]["max_train_steps"] if begun else 0
+    position = max((event["step"] + 1 for event in events if event["type"] == "scalars"), default=0)
+    if running(path):
+        return Status("running", position, max_steps, _seconds_left(events, max_steps))
+    last = next((event for event in reversed(events) if event["type"] in ("finish", "stop", "error", "start")), None)
+    if last and last["type"] == "finish":
+        return Status("finished", position, max_steps, message=last.get("reason") or "")
+    if last and last["type"] == "error":
+        return Status("failed", position, max_steps, message=last["message"])
+    if last and last["type"] == "stop":
+        saved = f"It was saved after step {last['step'] + 1}; resume goes on from there."
+        return Status("stopped", position, max_steps, message=saved)
+    lines = _log_lines(path)
+    if any(line.startswith(("error:", "Traceback")) for line in lines):
+        return Status("failed", position, max_steps, message=_last_words(lines))
+    return Status("stopped", position, max_steps, message="Its process is gone; resume goes on from its checkpoint.")
+
+
+def _seconds_left(events: list[dict], max_steps: int) -> float | None:
+    """By the pace of the last hundred logged steps since the newest start."""
+    first = max((i for i, event in enumerate(events) if event["type"] == "start"), default=0)
+    scalars = [event for event in events[first:] if event["type"] == "scalars"][-100:]
+    if len(scalars) < 2 or scalars[-1]["step"] == scalars[0]["step"]:
+        return None
+    pace = (scalars[-1]["time"] - scalars[0]["time"]) / (scalars[-1]["step"] - scalars[0]["step"])
+    return pace * (max_steps - 1 - scalars[-1]["step"])
+
+
+def curves(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    """Rows {run, step, curve, value} of all scalars of these runs."""
+    rows = []
+    for run in names:
+        for event in read_events(find(folder, run) / "events.jsonl"):
+            if event["type"] == "scalars":
+                for name, value in event.items():
+                    if name not in ("type", "step", "time") and value is not None:
+                        rows.append({"run": run, "step": event["step"] + 1, "curve": name, "value": value})
+    return rows
+
+
+def samples(folder: Path, run: str) -> list[tuple[str, str]]:
+    """(path, caption) of its pictures, the newest first."""
+    path = find(folder, run)
+    shown = [event for event in read_events(path / "events.jsonl") if event["type"] == "images"]
+    found = [(path / event["path"], f"{event['name']} at step {event['step'] + 1}") for event in reversed(shown)]
+    found = [(picture, caption) for picture, caption in found if picture.parent == path / "samples"]
+    return [(str(picture), caption) for picture, caption in found if picture.is_file()]
+
+
+def artifacts(folder: Path, run: str) -> list[str]:
+    """The files of a run that are worth having, without checkpoints."""
+    path = find(folder, run)
+    files = [file for file in sorted(path.iterdir()) if file.suffix in ARTIFACTS and not file.name.startswith(".")]
+    return [str(file) for file in files if file.is_file() and not file.is_symlink()]
+
+
+def log_tail(folder: Path, run: str, lines: int = 30) -> str:
+    return "\n".join(_log_lines(find(folder, run))[-lines:])
+
+
+def _log_lines(path: Path) -> list[str]:
+    """Of the end of the log; of a progress bar, which overwrites itself, the last state."""
+    file = path / LOG
+    if not file.is_file():
+        return []
+    with open(file, "rb") as log:
+        log.seek(max(0, file.stat().st_size - 50_000))
+        text = log.read().decode("utf-8", "replace")
+    return [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def _last_words(lines: list[str]) -> str:
+    """The sentence a trainer ended with."""
+    said = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    if said:
+        return " ".join(lines[said[-1] :]).removeprefix("error: ")
+    return lines[-1] if lines else "It ended without a word."
+
+
+def config_of(folder: Path, run: str) -> str:
+    path = find(folder, run)
+    file = next((path / name for name in ("config.yaml", CONFIG) if (path / name).is_file()), None)
+    return file.read_text(encoding="utf-8") if file else ""
+
+
+def presets(method: str) -> dict[str, str]:
+    """Name -> YAML of the configs that come with the project."""
+    files = sorted((ROOT / "configs" / method).glob("*.yaml"), key=lambda p: (not p.stem.startswith("emoji"), p.stem))
+    return {file.stem: file.read_text(encoding="utf-8") for file in files}
+
+
+def set_values(config: str, values: dict[str, Any]) -> str:
+    """The YAML with these dotted keys set; its comments are lost."""
+    data = safety.read_config(config)
+    for key, value in values.items():
+        *blocks, name = key.split(".")
+        block = data
+        for part in blocks:
+            block = block.setdefault(part, {})
+        block[name] = value
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

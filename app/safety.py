@@ -1,0 +1,172 @@
+"""What is let in from the page: names, pictures, configs. Whatever is refused is a ValueError with a sentence."""
+
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
+MAX_FILE_BYTES = 20 * 2**20
+MAX_PIXELS = 4096 * 4096
+MAX_FILES = 200
+MAX_YAML_BYTES = 100_000
+FAILED_LOGINS, LOGIN_WINDOW = 10, 60.0  # in so many seconds
+
+# What a config says in words; every other string has to be a plain value or a name of ours.
+TEXTS = {
+    "prompt", "negative_prompt", "templates", "validation_prompts", "placeholder_token", "super_category_token",
+    "class_noun", "object", "target_modules",
+}  # fmt: skip
+PATHS = {
+    "pretrained_model_name_or_path", "base_config", "controlnet_model_name_or_path", "prompt_file",
+    "validation_prompt_file", "train_data_dir", "validation_data_dir", "instance_data_dir", "class_data_dir",
+}  # fmt: skip
+PLAIN = re.compile(r"[\w+-][\w .+-]*")
+TRACKERS = ("none", "tensorboard")  # which write into the run's folder; the others send what they get away
+
+
+# Names
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of "mine" or "alignprop/mine" in a folder, and never of anything outside it."""
+    parts = name.split("/") if isinstance(name, str) else []
+    if not 1 <= len(parts) <= 2 or not all(NAME.fullmatch(part) for part in parts):
+        raise ValueError(
+            f"A name has 1 to 60 letters, digits, - and _, and begins with a letter or digit; got {name!r}."
+        )
+    path = folder.joinpath(*parts)
+    if not path.resolve().is_relative_to(folder.resolve()):  # a link that points away
+        raise ValueError(f"{name} leads out of the folder of the page.")
+    return path
+
+
+# Pictures
+
+
+def limit_pixels() -> None:
+    """For everything that Pillow opens in this process, Gradio's own decoding included, before it is decoded."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses above twice as many
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuses what is no picture, or too large a one, by its header."""
+    path = Path(path)
+    name = path.name[:80]
+    if not path.is_file():
+        raise ValueError("Upload the picture as a file.")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{name} has more than {MAX_FILE_BYTES // 2**20} MB.")
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels.") from error
+    except Exception as error:  # Pillow's readers raise many kinds on files that were made to break them
+        raise ValueError(f"{name} is not a picture that can be read: {', '.join(IMAGE_FORMATS)} are.") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} has {width} x {height} pixels: at most {MAX_PIXELS / 1e6:.0f} million are taken.")
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """An upload as RGB, turned as its EXIF says, checked first."""
+    from alignkit.data import open_image
+
+    check_picture(path)
+    try:
+        return open_image(path)
+    except Exception as error:
+        raise ValueError(f"{Path(path).name[:80]} is damaged: its pixels cannot be read.") from error
+
+
+# Configs
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """A config's YAML: plain data, without aliases, which can make a few lines endless."""
+    if len(text.encode()) > MAX_YAML_BYTES:
+        raise ValueError(f"A config has at most {MAX_YAML_BYTES // 1000} kB.")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("A config may hold no YAML aliases (*name).")
+        config = yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"This is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError("A config is a list of `key: value` lines.")
+    return config
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as the trainers do; PyYAML alone takes it for a word."""
+
+
+ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases: set[str]) -> None:
+    """Refuses a config that names files outside `folders`, code, a base that the page does not offer, or a tracker.
+
+    `root`: where the trainers run, from which relative names lead.
+    """
+    if "config" in config:
+        raise ValueError("config: a config names no other one here.")
+    if config.get("report_to", "none") not in TRACKERS:
+        raise ValueError(f"report_to: expected one of {', '.join(TRACKERS)} here, got {config['report_to']!r}.")
+    for key, path, value in leaves(config):
+        if key in TEXTS or path == "output_dir":  # which the page sets itself
+            continue
+        if key == "pretrained_model_name_or_path":
+            if value not in bases:
+                raise ValueError(f"{path}: this page does not offer {value!r}; --base on its command line does.")
+        elif value.startswith("emoji/") and ".." not in value or value in ("emoji", ""):
+            continue
+        elif key in PATHS or not PLAIN.fullmatch(value):
+            if ":" in value and "/" not in value:
+                raise ValueError(f"{path}: code of one's own is for the command line; got {value!r}.")
+            target = (root / value).resolve()
+            if not any(target.is_relative_to(folder.resolve()) for folder in folders):
+                raise ValueError(f"{path}: only files of this page's own folders can be named here, got {value!r}.")
+
+
+def leaves(config: Any, key: str = "", path: str = "") -> Iterator[tuple[str, str, str]]:
+    """(nearest key, dotted path, value) of every string in it, and of every key of a free block."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if not isinstance(name, str) or not PLAIN.fullmatch(name):
+                raise ValueError(f"{path or 'the config'}: {name!r} is no key.")
+            yield from leaves(value, name, f"{path}.{name}" if path else name)
+    elif isinstance(config, list):
+        for value in config:
+            yield from leaves(value, key, path)
+    elif isinstance(config, str):
+        yield key, path, config
+
+
+# Passwords
+
+
+def login(user: str, password: str) -> Callable[[str, str], bool]:
+    """For Gradio's `auth`; after ten wrong passwords in a minute, none is right for the rest of that minute."""
+    failures: deque[float] = deque(maxlen=FAILED_LOGINS)
+
+    def check(given_user: str, given_password: str) -> bool:
+        if len(failures) == FAILED_LOGINS and time.monotonic() - failures[0] < LOGIN_WINDOW:
+            return False
+        right = secrets.compare_digest(given_user.encode(), user.encode())
+        right &= secrets.compare_digest(given_password.encode(), password.encode())
+        if not right:
+            failures.append(time.monotonic())
+        return right
+
+    return check

@@ -1,0 +1,147 @@
+"""Generate: the base and what was made of it, side by side from the same noise."""
+
+import random
+from dataclasses import asdict
+
+import gradio as gr
+
+from app import generate, safety, ui
+from app.generate import Settings
+
+PICTURE, MAP = "a picture: read the map off it", "the map itself"
+
+
+def build(page: ui.Page) -> None:
+    first_base = next(iter(page.bases))
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox("a cat on a blue background", label="Prompt", lines=2, elem_id="prompt")
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                stop = gr.Button("Cancel", min_width=80, elem_id="cancel")
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
+                dice = gr.Button("Another seed", min_width=100)
+            base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                options = {"interactive": False, "format": "png", "elem_classes": "pixels", "min_width": 140}
+                before = gr.Image(label="Base", elem_id="base_image", **options)
+                after = gr.Image(label="Tuned", elem_id="tuned_image", **options)
+            status = gr.Markdown("", elem_id="generate_status", min_height=60)
+            with gr.Accordion("Settings of these pictures", open=False):
+                used = gr.JSON(label="Settings")
+                gr.Markdown("Each PNG carries them: download one, and give it back here later.")
+                png = gr.UploadButton("Load settings from a PNG", file_types=[".png"], elem_id="load_png")
+    with gr.Row():
+        with gr.Column(min_width=300), gr.Accordion("LoRAs and concepts", open=True):
+            loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True, elem_id="loras")
+            weights = gr.Textbox("1", label="Weights", info="One for all, or one each: 1, 0.7")
+            concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
+            words = gr.Markdown("Words that were learnt under *Personalize* appear here.")
+            truncation = gr.Slider(
+                0, 128, 0, step=1, label="Truncation", info="Units of NeTI's mapper that are kept; 0 keeps all"
+            )
+            alignit = gr.Checkbox(False, label="AlignIT", info="Keep the concept from the rest of the prompt")
+            strength = gr.Slider(0, 1, 1, step=0.05, label="AlignIT's strength")
+        with gr.Column(min_width=300), gr.Accordion("Control", open=False):
+            controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True)
+            control_scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
+            kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
+            with gr.Tabs():
+                with gr.Tab("Upload"):
+                    upload = ui.picture_upload(height=200)
+                with gr.Tab("Draw"):
+                    sketch = gr.Sketchpad(
+                        label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320,
+                        layers=False, transforms=(),
+                    )  # fmt: skip
+            preview = gr.Button("Preview what the ControlNet will see")
+            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png")
+        with gr.Column(min_width=300), gr.Accordion("More", open=False):
+            negative = gr.Textbox("", label="Negative prompt")
+            steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
+            guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
+
+    chosen = [
+        prompt, seed, base, loras, weights, concepts, truncation, alignit, strength,
+        controlnet, control_scale, kind, upload, sketch, steps, guidance, negative,
+    ]  # fmt: skip
+
+    def control_of(base: str, controlnet: str | None, kind: str, upload: str | None, sketch: dict | None):
+        if not controlnet:
+            return None
+        given = upload or (sketch or {}).get("composite")
+        if not given:
+            raise ValueError("Upload or draw something for the ControlNet to follow.")
+        return generate.extract_control(page.models, base, controlnet, safety.open_picture(given), kind == MAP)
+
+    @ui.said
+    def draw(
+        prompt: str, seed: float = 0, base: str = first_base, loras: list[str] = (), weights: str = "1",
+        concepts: list[str] = (), truncation: float = 0, alignit: bool = False, strength: float = 1,
+        controlnet: str = "", control_scale: float = 1, kind: str = PICTURE, upload: str | None = None,
+        sketch: dict | None = None, steps: float = 25, guidance: float = 5, negative: str = "",
+        request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
+    ):  # fmt: skip
+        with ui.stoppable(page, request) as stopped:
+            progress(0, desc="Loading")
+            settings = Settings(
+                prompt=prompt, base=base, seed=int(seed or 0), negative_prompt=negative or "",
+                num_inference_steps=int(steps), guidance_scale=guidance, loras=ui.weights(loras or [], weights),
+                concepts=list(concepts or []), truncation=int(truncation) or None, alignit=bool(alignit and concepts),
+                strength=strength, controlnet=controlnet or None, control_scale=control_scale,
+            )  # fmt: skip
+            settings.check()
+            control = control_of(base, controlnet, kind, upload, sketch)
+            tell = generate.Timer(progress, "Drawing", (1 + settings.is_tuned) * settings.num_inference_steps)
+            before = generate.draw(page.models, settings, tuned=False, tell=tell, stop=stopped)
+            yield "The base is done." if settings.is_tuned else "", before, None, asdict(settings)
+            if settings.is_tuned:
+                after = generate.draw(page.models, settings, control, tell=tell, stop=stopped)
+                yield "", before, after, asdict(settings)
+
+    @ui.said
+    def look(base: str, controlnet: str, kind: str, upload: str | None, sketch: dict | None):
+        control = control_of(base, controlnet, kind, upload, sketch)
+        if control is None:
+            raise ValueError("Choose a ControlNet first.")
+        return control
+
+    @ui.said
+    def load(path: str):
+        settings, control = generate.read_settings(path)
+        values = asdict(settings)
+        return [
+            settings.prompt, settings.seed, settings.base if settings.base in page.bases else first_base,
+            list(settings.loras), ", ".join(f"{w:g}" for w in settings.loras.values()) or "1", settings.concepts,
+            settings.truncation or 0, settings.alignit, settings.strength, settings.controlnet or "",
+            settings.control_scale, MAP if control else PICTURE, control, None, settings.num_inference_steps,
+            settings.guidance_scale, settings.negative_prompt, values,
+        ]  # fmt: skip
+
+    def cancel(request: gr.Request) -> str:
+        ui.cancel(page, request)
+        return "Cancelled."
+
+    outputs = [status, before, after, used]
+    drawing = gr.on(
+        [go.click, prompt.submit], draw, chosen, outputs, api_name="generate", show_progress="full",
+        show_progress_on=status, **ui.MODEL,
+    )  # fmt: skip
+    stop.click(cancel, None, status, cancels=[drawing], api_name="cancel", queue=False)
+    dice.click(lambda: random.randrange(2**32), None, seed, api_visibility="private", **ui.QUICK)
+    preview.click(look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL)
+    png.upload(load, png, [*chosen, used], api_name="read_settings", **ui.QUICK)
+
+    def refresh():
+        found = generate.concepts(page.folder)
+        told = ", ".join(f"`{word}` ({run})" for run, word in found.items())
+        return (
+            gr.Dropdown(generate.loras(page.folder)),
+            gr.Dropdown(list(found)),
+            f"Write {told} in the prompt." if told else "Words that you teach under *Personalize* appear here.",
+            gr.Dropdown(["", *generate.controlnets(page.folder)]),
+        )
+
+    page.on_load.append((refresh, [loras, concepts, words, controlnet]))

@@ -1,0 +1,271 @@
+"""Align, Control, Personalize: a form for each trainer, and what its trainings are doing."""
+
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from app import data, forms, jobs, safety, ui
+
+TABS = {"Align": ("alignprop",), "Control": ("controlnetpp",), "Personalize": ("neti", "customize")}
+TITLES = {"neti": "A word (NeTI)", "customize": "DreamBooth, Custom Diffusion"}
+ABOUT = {
+    "alignprop": "**AlignProp** trains the model until its pictures please a judge: prettier, closer to the prompt.",
+    "controlnetpp": "**ControlNet++** teaches the model to follow a map: depth, edges, segments.",
+    "neti": "**NeTI** learns a new word from three to eight pictures. The model itself stays as it is.",
+    "customize": "**DreamBooth** with a LoRA, or **Custom Diffusion**: they change the model for one thing you show.",
+}
+EXAMPLE = "configs/customize/emoji_concept"
+CONFIG_OWN, EXAMPLE_PICTURES = "as the settings say", "example: a cat of the emoji world"
+POLL_SECONDS = 2.0
+FIRST_CURVES = ("reward/aesthetic", "reward/alignment", "loss")
+
+
+def build(page: ui.Page, methods: tuple[str, ...]) -> None:
+    if len(methods) == 1:
+        return _build(page, methods[0])
+    with gr.Tabs():
+        for method in methods:
+            with gr.Tab(TITLES[method]):
+                _build(page, method)
+
+
+def _build(page: ui.Page, method: str) -> None:
+    presets = jobs.presets(method)
+    first = next(iter(presets))
+    own_data = method in ("neti", "customize")
+    choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if own_data else [])]
+    gr.Markdown(ABOUT[method])
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
+            about = gr.Markdown(forms.about(presets[first]))
+            name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")
+            source = gr.Dropdown(choices, value=choices[-1], label="Data", allow_custom_value=True)
+            with gr.Accordion("Data of your own", open=False):
+                _build_data(page, method, source)
+            fields = _fields(method, presets[first])
+            with gr.Accordion("All settings (YAML)", open=False):
+                text = gr.Code(
+                    presets[first],
+                    language="yaml",
+                    label="Settings",
+                    max_lines=30,
+                    interactive=True,
+                    elem_id=f"{method}_yaml",
+                )
+                with gr.Row():
+                    upload = gr.UploadButton("Upload", file_types=[".yaml", ".yml"], min_width=100)
+                    download = gr.DownloadButton("Download", min_width=100)
+            with gr.Row():
+                begin = gr.Button("Start", variant="primary", min_width=100, elem_id=f"{method}_start")
+                dry = gr.Button("Dry run", min_width=100, elem_id=f"{method}_dry_run")
+                cancel = gr.Button("Cancel the dry run", min_width=100, visible=False)
+            measured = gr.Markdown("", elem_id=f"{method}_measured")
+        with gr.Column(scale=3, min_width=300):
+            run = gr.Dropdown([], label="Run", allow_custom_value=True, elem_id=f"{method}_run")
+            status = gr.Markdown("No training yet.", elem_id=f"{method}_status")
+            with gr.Row():
+                stop = gr.Button("Stop and save", min_width=100, elem_id=f"{method}_stop")
+                resume = gr.Button("Resume", min_width=100, elem_id=f"{method}_resume")
+            curve = gr.Dropdown([], label="Curve", allow_custom_value=True)
+            plot = gr.LinePlot(x="step", y="value", height=260, elem_id=f"{method}_plot", x_title="step", y_title=" ")
+            pictures = gr.Gallery(
+                label="Pictures on the way, the newest first", columns=2, height="auto", elem_classes="pixels",
+                elem_id=f"{method}_pictures", interactive=False,
+            )  # fmt: skip
+            with gr.Accordion("What the trainer says", open=False):
+                log = gr.Textbox(lines=12, max_lines=12, show_label=False, container=False, interactive=False)
+    shown = gr.State(0)
+    timer = gr.Timer(POLL_SECONDS, active=False)
+
+    def with_source(config: str, source: str) -> str:
+        """The YAML with the data that was chosen."""
+        if source == CONFIG_OWN:
+            return config
+        if source == EXAMPLE_PICTURES:
+            return jobs.set_values(config, {forms.DATA_KEY[method]: EXAMPLE})
+        path = safety.inside(page.data, source)
+        if source not in data.sets(page.data, method):
+            raise ValueError(f"There is no set {source} for this trainer.")
+        path = path / data.PROMPTS if method == "alignprop" else path
+        return jobs.set_values(config, {forms.DATA_KEY[method]: str(path)})
+
+    @ui.said
+    def choose(preset: str):
+        config = presets[preset]
+        return forms.about(config), config, *forms.values(method, config)
+
+    @ui.said
+    def fill(config: str, *values: Any) -> str:
+        return forms.filled(method, config, list(values))
+
+    @ui.said
+    def read(config: str):
+        return forms.values(method, config)
+
+    @ui.said
+    def take(path: str):
+        with open(path, encoding="utf-8", errors="strict") as file:
+            config = file.read(safety.MAX_YAML_BYTES + 1)
+        values = forms.values(method, config)
+        return config, *values
+
+    @ui.said
+    def give(config: str, source: str, name: str, *values: Any):
+        config = with_source(forms.filled(method, config, list(values)), source)
+        file = page.folder / ".cache" / f"{safety.inside(page.folder, name or method).name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(config, encoding="utf-8")
+        return str(file)
+
+    @ui.said
+    def start(name: str, config: str, source: str, *values: Any):
+        config = with_source(forms.filled(method, config, list(values)), source)
+        started = jobs.start(page.folder, method, name.strip(), config, page.bases)
+        return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
+
+    @ui.said
+    def measure(request: gr.Request, config: str, source: str, *values: Any):
+        config = with_source(forms.filled(method, config, list(values)), source)
+        with ui.stoppable(page, request) as stopped:
+            said = jobs.dry_run(page.folder, method, config, page.bases)
+            for words in said:
+                if stopped.is_set():
+                    said.close()
+                    yield "The dry run was cancelled.", gr.Button(visible=False)
+                    return
+                yield words, gr.Button(visible=words.endswith("…"))
+
+    def end(request: gr.Request):
+        ui.cancel(page, request)
+
+    @ui.said
+    def halt(run: str) -> str:
+        jobs.stop(page.folder, run)
+        return "Stopping after this step, and saving…"
+
+    @ui.said
+    def go_on(run: str):
+        jobs.resume(page.folder, run, page.bases)
+
+    @ui.said
+    def watch(run: str, curve: str, shown: int):
+        if not run:
+            return "No training yet.", gr.skip(), [], "", gr.skip(), 0, gr.Timer(active=False)
+        state = jobs.status(page.folder, run)
+        table = pd.DataFrame(jobs.curves(page.folder, [run]), columns=["run", "step", "curve", "value"])
+        names = sorted(table["curve"].unique())
+        if curve not in names:
+            curve = next((name for name in FIRST_CURVES if name in names), names[0] if names else None)
+        samples = jobs.samples(page.folder, run)
+        key = f"{run}:{len(samples)}"
+        return (
+            str(state),
+            table[table["curve"] == curve],
+            gr.skip() if key == shown else samples,
+            jobs.log_tail(page.folder, run),
+            gr.Dropdown(names, value=curve),
+            key,
+            gr.Timer(active=state.state == "running"),
+        )
+
+    watching = {"fn": watch, "inputs": [run, curve, shown]}
+    watching |= {"outputs": [status, plot, pictures, log, curve, shown, timer]}
+    hidden = {"api_visibility": "private", **ui.QUICK}
+    preset.input(choose, preset, [about, text, *fields], **hidden)
+    for field in fields:
+        gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **hidden)
+    text.blur(read, text, fields, **hidden)
+    upload.upload(take, upload, [text, *fields], **hidden)
+    download.click(give, [text, source, name, *fields], download, **hidden)
+    begin.click(start, [name, text, source, *fields], [run, name], **hidden).success(**watching, **hidden)
+    measuring = dry.click(
+        measure, [text, source, *fields], [measured, cancel], api_visibility="private", show_progress_on=measured,
+        **ui.MODEL,
+    )  # fmt: skip
+    cancel.click(end, None, None, **hidden)
+    del measuring
+    stop.click(halt, run, status, **hidden)
+    resume.click(go_on, run, None, **hidden).success(**watching, **hidden)
+    gr.on([run.input, curve.input, timer.tick], **watching, **hidden)
+
+    def refresh():
+        found = _runs(page, method)
+        chosen = next((run for run in found if jobs.running(page.folder / run)), found[0] if found else None)
+        sets = [*choices, *data.sets(page.data, method)]
+        return gr.Dropdown(found, value=chosen), fresh_name(page, method), gr.Dropdown(sets), *watch(chosen, "", 0)
+
+    page.on_load.append((refresh, [run, name, source, *watching["outputs"]]))
+
+
+def _runs(page: ui.Page, method: str) -> list[str]:
+    return [run for run in jobs.runs(page.folder) if run.startswith(f"{method}/")]
+
+
+def fresh_name(page: ui.Page, method: str) -> str:
+    number = 1
+    while (page.folder / method / f"run-{number}").exists():
+        number += 1
+    return f"run-{number}"
+
+
+def _fields(method: str, config: str) -> list[gr.components.Component]:
+    """A widget for each visible setting, two in a row, with the dataclass's own words."""
+    made, pairs = [], list(zip(forms.visible(method), forms.values(method, config), strict=True))
+    for i in range(0, len(pairs), 2):
+        with gr.Row():
+            for setting, value in pairs[i : i + 2]:
+                label = setting.key.replace("_", " ").replace(".", ": ")
+                common = {"label": label, "info": setting.help, "min_width": 140}
+                common |= {"elem_id": f"{method}_{setting.key.replace('.', '_')}"}
+                if setting.kind == "choice":
+                    made.append(gr.Dropdown(list(setting.choices), value=value, **common))
+                elif setting.kind in ("int", "float"):
+                    made.append(gr.Number(value, precision=0 if setting.kind == "int" else None, **common))
+                elif setting.kind == "bool":
+                    made.append(gr.Checkbox(bool(value), **common))
+                else:
+                    made.append(gr.Textbox(value, **common))
+    return made
+
+
+def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
+    hidden = {"api_visibility": "private", **ui.QUICK}
+    called = gr.Textbox(label="Name of the set", placeholder="my-pictures", elem_id=f"{method}_set")
+    if method == "alignprop":
+        prompts = gr.Textbox(label="Prompts, one a line", lines=5)
+        keep = gr.Button("Keep these prompts")
+
+        @ui.said
+        def keep_prompts(name: str, text: str):
+            data.save_prompts(page.data, name, text)
+            return gr.Dropdown([CONFIG_OWN, *data.sets(page.data, method)], value=name)
+
+        keep.click(keep_prompts, [called, prompts], source, **hidden)
+        return
+    gr.Markdown(
+        "Three to eight pictures of one thing." if method != "controlnetpp" else "Pictures, a caption for each."
+    )
+    uploads = gr.File(
+        label="Pictures", file_count="multiple", file_types=safety.IMAGE_SUFFIXES, elem_id=f"{method}_uploads"
+    )
+    captions = gr.Textbox(
+        label="Captions, one a line, in the order of the pictures", lines=4, visible=method == "controlnetpp"
+    )
+    keep = gr.Button("Check and keep", elem_id=f"{method}_keep")
+    told = gr.Markdown("")
+    table = gr.Dataframe(
+        headers=["file", "", "why"], interactive=False, wrap=True, visible=False, elem_id=f"{method}_findings"
+    )
+
+    @ui.said
+    def keep_pictures(name: str, uploads: list[str] | None, captions: str):
+        if method == "controlnetpp" and not captions.strip():
+            raise ValueError("A ControlNet learns from pictures with captions: write one for each.")
+        path, findings = data.save_pictures(page.data, name, uploads or [], captions)
+        chosen = gr.skip() if path is None else gr.Dropdown(data.sets(page.data, method), value=name)
+        said = ["None of these pictures can be used."] if path is None else data.check(path, resolution=64)
+        return chosen, "\n\n".join(said), gr.Dataframe([list(finding) for finding in findings], visible=True)
+
+    keep.click(keep_pictures, [called, uploads, captions], [source, told, table], **hidden)

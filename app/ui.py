@@ -1,0 +1,116 @@
+"""What every tab needs: errors as sentences, cancelling, and the context of the page."""
+
+import functools
+import html
+import inspect
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.generate import Cancelled, Models
+
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # events that share the one model, one after another
+QUICK = {"queue": False, "show_progress": "hidden"}  # looking, which never waits for the model
+
+
+@dataclass
+class Page:
+    """`folder`: the only one that names lead into. `bases`: what the page offers, name -> where it is."""
+
+    folder: Path
+    bases: dict[str, str]
+    models: Models
+    stops: dict[str, set[threading.Event]] = field(default_factory=lambda: defaultdict(set))
+    on_load: list[tuple[Callable, list]] = field(default_factory=list)
+    """(function, outputs) of the tabs, for when somebody opens the page."""
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+
+def picture_upload(**options: Any) -> gr.Image:
+    """An upload that is handed on as it lies there: what looks at it checks it first, and says what is wrong with it.
+
+    Gradio's own reading opens it, and all that the page shows of its refusal is the word "Error".
+    """
+    upload = gr.Image(label="Picture", sources=["upload"], **options)
+    # The path was checked to be an upload's; a picture inside of the request has none.
+    upload.preprocess = lambda payload: payload and (payload.path or "picture in the request")
+    return upload
+
+
+def said(function: Callable) -> Callable:
+    """The function of an event, whose errors appear as a sentence; what nobody expected goes to the server's log."""
+
+    def explain(error: Exception) -> gr.Error:
+        if isinstance(error, gr.Error):
+            return error
+        if isinstance(error, Cancelled):
+            return gr.Error("Cancelled.", title="Stopped", duration=4, print_exception=False)
+        if isinstance(error, (ValueError, TypeError, FloatingPointError, FileNotFoundError, BlockingIOError)):
+            return gr.Error(html.escape(str(error), quote=False), print_exception=False)  # Gradio shows it as HTML
+        logging.getLogger("app").exception("in %s", function.__name__)
+        return gr.Error("Something went wrong here. The log of the page says more.", print_exception=False)
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any):
+            try:
+                yield from function(*args, **kwargs)
+            except Exception as error:
+                raise explain(error) from None
+    else:
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any):
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                raise explain(error) from None
+
+    return wrapped
+
+
+class stoppable:
+    """`with stoppable(page, request) as stop:` an event that the session's cancel button, or its end, sets."""
+
+    def __init__(self, page: Page, request: gr.Request | None):
+        self.stops = page.stops[(request and request.session_hash) or ""]
+        self.stop = threading.Event()
+
+    def __enter__(self) -> threading.Event:
+        self.stops.add(self.stop)
+        return self.stop
+
+    def __exit__(self, *_: object) -> None:
+        self.stops.discard(self.stop)
+
+
+def cancel(page: Page, request: gr.Request | None) -> None:
+    for stop in list(page.stops.get((request and request.session_hash) or "", ())):
+        stop.set()
+
+
+def numbers(text: str, what: str) -> list[float]:
+    """ "1, 0.7" as numbers."""
+    try:
+        return [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"{what}: expected numbers with commas between them, got {text!r}.") from error
+
+
+def weights(names: list[str], text: str) -> dict[str, float]:
+    """LoRA -> weight: one each, or one for all."""
+    given = numbers(text, "The weights of the LoRAs") or [1.0]
+    given = given * len(names) if len(given) == 1 else given
+    if len(given) != len(names):
+        raise ValueError(f"Expected one weight, or {len(names)}, one for each LoRA, got {len(given)}.")
+    return dict(zip(names, given, strict=True))

@@ -1,0 +1,600 @@
+"""The page's functions without the page: names, uploads, configs, forms, trainings, settings in pictures."""
+
+import dataclasses
+import importlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from alignkit import load_base
+from alignkit.artifacts import save_json, save_lora
+from alignkit.base import add_lora
+from app import data, explore, forms, generate, jobs, page, safety, ui
+from app.generate import Settings
+from tests.tiny import save_tiny_model
+
+ROOT = Path(__file__).parent.parent
+EMOJI = {"emoji": "emoji"}
+OUTSIDE = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a/../b",
+    "a/b/c",
+    ".hidden",
+    "a\\b",
+    "a\0b",
+    "a b",
+    "é",
+    "x" * 61,
+    None,
+]
+
+
+def png_bytes(**options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that says it is so large, and holds nothing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_leads_nowhere_but_inside(tmp_path, name):
+    with pytest.raises(ValueError, match="name"):
+        safety.inside(tmp_path, name)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (tmp_path / "secret").mkdir()
+    (folder / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="out of the folder"):
+        safety.inside(folder, "link/x")
+    assert safety.inside(folder, "alignprop/mine") == folder / "alignprop" / "mine"
+
+
+# Pictures
+
+
+@pytest.fixture
+def limited():
+    before = Image.MAX_IMAGE_PIXELS
+    safety.limit_pixels()
+    yield
+    Image.MAX_IMAGE_PIXELS = before
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("huge.png", png_of_size(60_000, 60_000), "million pixels"),
+        ("wide.png", png_of_size(5000, 4000), "million"),
+        ("text.png", b"not a picture", "not a picture"),
+        ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "not a picture"),
+        ("pickle.png", b"\x80\x04\x95cposix\nsystem\n", "not a picture"),
+        ("cut.png", png_bytes()[:60], "damaged"),
+        ("moving.png", b"GIF89a" + bytes(40), "not a picture"),
+    ],
+)
+def test_uploads_that_are_refused(tmp_path, limited, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=why) as error:
+        safety.open_picture(tmp_path / name)
+    assert name in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def test_pixels_are_counted_before_they_are_decoded(tmp_path, limited, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    (tmp_path / "huge.png").write_bytes(png_of_size(60_000, 60_000))
+    with pytest.raises(ValueError, match="million pixels"):
+        safety.open_picture(tmp_path / "huge.png")
+    with pytest.raises(Image.DecompressionBombError):  # Gradio's own reader is under the same limit
+        Image.open(tmp_path / "huge.png")
+
+
+def test_kept_pictures_hold_pixels_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "where I live"
+    (tmp_path / "a.png").write_bytes(png_bytes(exif=exif) + b"<script>")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    path, findings = data.save_pictures(tmp_path / "data", "mine", [str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    assert findings[0] == ("a.png", "used", "001.png")
+    assert findings[1][:2] == ("b.png", "refused") and "not a picture" in findings[1][2]
+    kept = (path / "001.png").read_bytes()
+    assert [file.name for file in path.iterdir()] == ["001.png"]
+    assert b"where I live" not in kept and b"<script>" not in kept
+    assert Image.open(path / "001.png").getpixel((0, 0)) == (200, 10, 10)
+    assert data.sets(tmp_path / "data", "neti") == ["mine"] and data.sets(tmp_path / "data", "controlnetpp") == []
+    with pytest.raises(ValueError, match="already"):
+        data.save_pictures(tmp_path / "data", "mine", [str(tmp_path / "a.png")])
+
+
+def test_pictures_with_captions_become_a_set_for_controlnets(tmp_path):
+    uploads = []
+    for i in range(2):
+        uploads.append(str(tmp_path / f"{i}.png"))
+        Path(uploads[-1]).write_bytes(png_bytes())
+    with pytest.raises(ValueError, match="caption for each of the 2"):
+        data.save_pictures(tmp_path / "data", "mine", uploads, "a cat")
+    path, _ = data.save_pictures(tmp_path / "data", "mine", uploads, 'a "cat"\n\na dog')
+    assert data.check(path, 64) == ["2 pictures with a caption."]
+    assert data.sets(tmp_path / "data", "controlnetpp") == ["mine"]
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"train_data_dir": "/etc"},
+        {"train_data_dir": "../secrets"},
+        {"prompt_file": "README.md"},
+        {"rewards": [{"name": "os:system"}]},
+        {"rewards": [{"name": "aesthetic", "args": {"head": "/home/me/head.safetensors"}}]},
+        {"rewards": [{"name": "aesthetic", "args": {"clip": "someone/else"}}]},
+        {"condition": {"name": "my.module:Class"}},
+        {"condition": {"args": {"model": "emoji/../../secrets"}}},
+        {"monitors": [{"args": {"deep": [["~/x"]]}}]},
+        {"pretrained_model_name_or_path": "someone/model"},
+        {"report_to": "wandb"},
+        {"config": "other.yaml"},
+        {"/etc/passwd": 1},
+    ],
+)
+def test_configs_that_reach_out_are_refused(tmp_path, config):
+    with pytest.raises(ValueError):
+        safety.check_config(config, ROOT, [ROOT / "configs", tmp_path], {"emoji"})
+
+
+def test_configs_of_ones_own_data_are_taken(tmp_path):
+    config = {"train_data_dir": str(tmp_path / "data" / "mine"), "prompt_file": "configs/alignprop/animals.txt"}
+    config |= {"negative_prompt": "../ugly: /etc", "rewards": [{"name": "aesthetic"}], "learning_rate": 1e-4}
+    safety.check_config(config, ROOT, [ROOT / "configs", tmp_path], {"emoji"})
+
+
+def test_bundled_configs_are_taken(tmp_path):
+    """But for the data of NeTI's, which is drawn by a command first."""
+    checked = 0
+    for method in jobs.METHODS:
+        for name, text in jobs.presets(method).items():
+            config = safety.read_config(text)
+            if name.startswith("emoji") and method != "neti":
+                safety.check_config(config, ROOT, [ROOT / "configs", tmp_path], {"emoji"})
+                checked += 1
+            assert forms.about(text), f"{method}/{name} says nothing of itself"
+    assert checked >= 10
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("a: &x [1, 2]\nb: [*x, *x]", "aliases"),
+        ("- 1", "key: value"),
+        ("a: [", "not YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("a: " + "x" * 200_000, "kB"),
+    ],
+)
+def test_yaml_that_is_refused(text, why):
+    with pytest.raises(ValueError, match=why):
+        safety.read_config(text)
+
+
+def test_numbers_in_yaml_are_those_of_the_trainers():
+    assert safety.read_config("a: 1e-4\nb: 1.0e-4\nc: 2E+3\nd: e4") == {"a": 1e-4, "b": 1e-4, "c": 2000.0, "d": "e4"}
+
+
+# Forms
+
+
+@pytest.mark.parametrize("method", jobs.METHODS)
+def test_forms_say_what_the_trainers_dataclasses_say(method):
+    """The page reads the source; here its reading is held against the classes themselves."""
+    classes = importlib.import_module(f"training.{method}")
+    read = {key: setting for key, setting in forms.settings(method).items() if "." not in key}
+    fields = {field.name: field for field in dataclasses.fields(classes.Config)}
+    assert read.keys() <= fields.keys()
+    for key, setting in read.items():
+        default = fields[key].default
+        assert setting.help, key
+        assert setting.default == (None if default is dataclasses.MISSING else default), key
+    assert {field.name for field in fields.values() if field.type in (int, float, str, bool)} <= read.keys()
+    assert len(forms.visible(method)) == len(forms.VISIBLE[method])
+
+
+def test_a_form_goes_to_yaml_and_back():
+    text = jobs.presets("alignprop")["emoji"]
+    values = forms.values("alignprop", text)
+    assert forms.filled("alignprop", text, values) == text  # with its comments
+    changed = dict(zip(forms.VISIBLE["alignprop"], values, strict=True)) | {"lora.rank": 3, "learning_rate": 2e-5}
+    back = forms.filled("alignprop", text, list(changed.values()))
+    assert forms.values("alignprop", back) == list(changed.values())
+    before, after = safety.read_config(text), safety.read_config(back)
+    assert {key for key in before if before[key] != after[key]} == {"lora", "learning_rate"}
+
+
+# Trainings
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Trainings take a moment, and write what real ones write."""
+
+    def command(path, method):
+        script = ROOT / "tests" / "toy_trainer.py"
+        return [sys.executable, str(script), "--config", str(path / jobs.CONFIG), "--output_dir", str(path)]
+
+    monkeypatch.setattr(jobs, "_command", command)
+
+
+def wait_for(folder: Path, run: str, state: str, steps: int = 0, seconds: float = 60) -> jobs.Status:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        status = jobs.status(folder, run)
+        if status.state == state and status.step >= steps:
+            return status
+        time.sleep(0.05)
+    pytest.fail(f"{run} is {status}, not {state}:\n{jobs.log_tail(folder, run)}")
+
+
+def test_a_training_is_stopped_resumed_and_finished(tmp_path, toy):
+    run = jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 400\nwait: 0.02", EMOJI)
+    assert run == "alignprop/mine"
+    wait_for(tmp_path, run, "running", steps=3)
+    process = jobs.running(tmp_path / run)
+    assert os.getsid(process.pid) == process.pid != os.getsid(0)  # it outlives the page and its terminal
+    with pytest.raises(ValueError, match="one training at a time"):
+        jobs.start(tmp_path, "neti", "other", "max_train_steps: 1", EMOJI)
+    with pytest.raises(ValueError, match="one training at a time"):
+        list(jobs.dry_run(tmp_path, "neti", "max_train_steps: 1", EMOJI))
+    with pytest.raises(ValueError, match="stop it first"):
+        jobs.delete(tmp_path, run)
+
+    jobs.stop(tmp_path, run)
+    stopped = wait_for(tmp_path, run, "stopped")
+    assert 3 <= stopped.step < 400 and f"after step {stopped.step}" in stopped.message
+    with pytest.raises(ValueError, match="not being trained"):
+        jobs.stop(tmp_path, run)
+    with pytest.raises(ValueError, match="already"):
+        jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 1", EMOJI)
+
+    (tmp_path / run / jobs.CONFIG).write_text(f"max_train_steps: {stopped.step + 2}")
+    jobs.resume(tmp_path, run, EMOJI)
+    finished = wait_for(tmp_path, run, "finished")
+    assert finished.step == stopped.step + 2
+    rows = jobs.curves(tmp_path, [run])
+    losses = [row for row in rows if row["curve"] == "loss"]
+    assert [row["step"] for row in losses] == list(range(1, finished.step + 1))
+    assert len(jobs.samples(tmp_path, run)) == finished.step
+    assert {Path(file).name for file in jobs.artifacts(tmp_path, run)} >= {"events.jsonl", "job.yaml"}
+
+    jobs.delete(tmp_path, run)
+    assert jobs.runs(tmp_path) == [] and not (tmp_path / run).exists()
+
+
+def test_a_page_that_is_started_again_finds_the_training(tmp_path, toy):
+    """The page that started it is gone: another process asks."""
+    run = jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 4000\nwait: 0.02", EMOJI)
+    try:
+        code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import psutil, json
+record = json.loads(Path({str(tmp_path / run / jobs.RECORD)!r}).read_text())
+assert psutil.Process(record["pid"]).create_time() == record["born"]
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+        assert jobs.status(tmp_path, run).state == "running"
+    finally:
+        jobs.running(tmp_path / run).kill()
+    assert "resume goes on" in wait_for(tmp_path, run, "stopped").message
+    record = json.loads((tmp_path / run / jobs.RECORD).read_text())
+    save_json(record | {"pid": os.getpid()}, tmp_path / run / jobs.RECORD)  # the number went to another process
+    assert jobs.running(tmp_path / run) is None
+
+
+def test_a_trainer_s_complaint_is_the_runs_message(tmp_path, toy):
+    run = jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 0", EMOJI)
+    assert wait_for(tmp_path, run, "failed").message == "max_train_steps: expected at least 1, got 0"
+
+
+def test_a_dry_run_measures_and_leaves_nothing(tmp_path, toy):
+    assert list(jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 1", EMOJI))[-1].startswith(
+        "dry run: 0.10 s a step"
+    )
+    with pytest.raises(ValueError, match="expected at least 1"):
+        list(jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 0", EMOJI))
+    said = jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 1\nwait: 60", EMOJI)
+    next(said)
+    said.close()  # cancelled: the process ends with it
+    assert jobs.runs(tmp_path) == [] and list((tmp_path / ".dry-run").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in OUTSIDE if name is not None])
+def test_no_run_lies_outside(tmp_path, name):
+    for function in (jobs.status, jobs.samples, jobs.artifacts, jobs.config_of, jobs.log_tail, jobs.delete, jobs.stop):
+        with pytest.raises(ValueError):
+            function(tmp_path, name)
+    with pytest.raises(ValueError):
+        jobs.start(tmp_path, "alignprop", name, "max_train_steps: 1", EMOJI)
+
+
+def test_a_run_shows_no_picture_from_elsewhere(tmp_path):
+    run = tmp_path / "alignprop" / "mine"
+    run.mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(png_bytes())
+    event = {"type": "images", "step": 0, "name": "x", "path": "samples/../../../secret.png"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert jobs.samples(tmp_path, "alignprop/mine") == []
+
+
+def test_the_log_shows_a_progress_bar_once(tmp_path):
+    run = tmp_path / "alignprop" / "mine"
+    run.mkdir(parents=True)
+    (run / jobs.CONFIG).write_text("")
+    (run / jobs.LOG).write_bytes(b"hello\n10%\r20%\r30%\nerror: one\n  two\n")
+    assert jobs.log_tail(tmp_path, "alignprop/mine") == "hello\n30%\nerror: one\n  two"
+    assert jobs.status(tmp_path, "alignprop/mine").message == "one   two"
+
+
+# Pictures that are drawn
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny base, and in the page's folder a LoRA of it."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_model(folder / "configs")
+    base = load_base(str(folder / "configs"), random_init=True)
+    base.pipeline().save_pretrained(folder / "tiny")
+    for name, parameter in add_lora(base.unet, 2, 2, ["to_q", "to_k", "to_v"]).items():
+        if ".lora_B." in name:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    run = folder / "runs" / "alignprop" / "style"
+    save_lora(run, base.unet)
+    (run / jobs.CONFIG).write_text("")
+    return generate.Models(folder / "runs", {"tiny": str(folder / "tiny")})
+
+
+def settings(**fields) -> Settings:
+    return Settings(**{"prompt": "a hat", "base": "tiny", "num_inference_steps": 2, "seed": 3, **fields})
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_base_and_tuned_come_from_the_same_noise(world):
+    tuned = settings(loras={"alignprop/style": 1.0})
+    plain = pixels(generate.draw(world, settings()))
+    changed = pixels(generate.draw(world, tuned))
+    assert (plain != changed).any()
+    assert (pixels(generate.draw(world, tuned, tuned=False)) == plain).all()
+    assert (pixels(generate.draw(world, settings(loras={"alignprop/style": 0.0}))) == plain).all()
+    assert (pixels(generate.draw(world, tuned)) == changed).all()
+    assert (pixels(generate.draw(world, settings(seed=4))) != plain).any()
+
+
+def test_settings_travel_in_the_png(world, tmp_path):
+    tuned = settings(loras={"alignprop/style": 0.7}, negative_prompt="ü <b>", guidance_scale=2.5)
+    image = generate.draw(world, tuned)
+    control = Image.new("RGB", (16, 16), (1, 2, 3))
+    image = generate.with_settings(image, tuned, control)
+    file = gr.Image(format="png").postprocess(image).path  # as Gradio writes what a function returns
+    read, given = generate.read_settings(file)
+    assert read == tuned and given.getpixel((5, 5)) == (1, 2, 3)
+    assert (pixels(generate.draw(world, read)) == pixels(Image.open(file))).all()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "no json",
+        "[]",
+        '{"prompt": 5, "seed": "x"}',
+        '{"prompt": "a", "seed": -1}',
+        '{"prompt": "a", "loras": [1]}',
+        '{"prompt": "a", "num_inference_steps": 100000}',
+        "{}",
+    ],
+)
+def test_damaged_settings_are_refused(tmp_path, said):
+    from PIL.PngImagePlugin import PngInfo
+
+    chunk = PngInfo()
+    chunk.add_text(generate.SETTINGS, said)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=chunk)
+    with pytest.raises(ValueError):
+        generate.read_settings(tmp_path / "a.png")
+
+
+def test_a_picture_without_settings_says_so(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="carries no settings"):
+        generate.read_settings(tmp_path / "a.png")
+
+
+def test_drawing_is_cancelled_at_the_next_step(world):
+    stop, seen = threading.Event(), []
+
+    def tell(step, steps):
+        seen.append(step)
+        if step == 2:
+            stop.set()
+
+    with pytest.raises(generate.Cancelled):
+        generate.draw(world, settings(num_inference_steps=50), tell=tell, stop=stop)
+    assert seen == [1, 2]
+    generate.draw(world, settings())  # and the model is free again
+
+
+@pytest.mark.parametrize(
+    "fields, why",
+    [
+        ({"prompt": "  "}, "empty"),
+        ({"prompt": "x" * 5000}, "letters"),
+        ({"num_inference_steps": 0}, "num inference steps"),
+        ({"guidance_scale": float("nan")}, "guidance"),
+        ({"seed": -1}, "seed"),
+        ({"base": "other"}, "offers"),
+        ({"loras": {"alignprop/none": 1.0}}, "no run"),
+        ({"loras": {"../../etc": 1.0}}, "name"),
+        ({"loras": {"alignprop/style": 99.0}}, "weight"),
+        ({"concepts": ["/etc"]}, "name"),
+        ({"controlnet": "../x"}, "name"),
+    ],
+)
+def test_wrong_settings_are_refused(world, fields, why):
+    with pytest.raises(ValueError, match=why):
+        generate.draw(world, settings(**fields))
+
+
+def test_a_pickle_is_not_loaded(world):
+    run = world.folder / "alignprop" / "pickled"
+    run.mkdir(parents=True)
+    (run / jobs.CONFIG).write_text("")
+    (run / "pytorch_lora_weights.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
+    assert "alignprop/pickled" not in generate.loras(world.folder)
+    with pytest.raises(ValueError):
+        generate.draw(world, settings(loras={"alignprop/pickled": 1.0}))
+
+
+@pytest.mark.parametrize("threshold, black", [(-10.0, True), (10.0, False)])
+def test_a_safety_checker_sees_every_picture(world, tmp_path, threshold, black):
+    """Random weights; what decides is the threshold that every picture is above, or none."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = small | {"image_size": 32, "patch_size": 16, "projection_dim": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=small, projection_dim=16))
+    with torch.no_grad():
+        checker.concept_embeds.normal_()
+        checker.concept_embeds_weights.fill_(threshold)
+        checker.special_care_embeds_weights.fill_(10.0)
+    checker.save_pretrained(tmp_path)
+    CLIPImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path)
+    models = generate.Models(world.folder, world.bases, safety_checker=str(tmp_path))
+    seen = pixels(generate.draw(models, settings()))
+    assert (seen == 0).all() if black else (seen == pixels(generate.draw(world, settings()))).all()
+
+
+def test_names_of_loras_stay_different():
+    names = ["a/b", "a_b", "a-b", "a_s_b", "a__b", "a_d_b", "a/s-b"]
+    assert len({generate.adapter(name) for name in names}) == len(names)
+
+
+def test_grids_have_a_picture_for_each_pair(world):
+    def draw(x, xs, y, ys, **fields):
+        return explore.grid(world, settings(**fields), (x, xs), (y, ys), lambda *_: None, threading.Event())
+
+    sheet = draw("guidance", [1, 3], "seed", [0, 1, 2])
+    assert sheet.height == 24 + 3 * (16 * 8 + 4)
+    weights = draw("LoRA weight", [0, 1], "seed", [3], loras={"alignprop/style": 1.0})
+    left, right = (
+        weights.crop((weights.width - (2 - i) * 132, 24, weights.width - (1 - i) * 132 - 4, 152)) for i in (0, 1)
+    )
+    plain = generate.draw(world, settings()).resize((128, 128), Image.Resampling.NEAREST)
+    assert (pixels(left) == pixels(plain)).all() and (pixels(right) != pixels(plain)).any()
+    for args, why in [
+        (("seed", [1], "seed", [1]), "different"),
+        (("seed", [], "guidance", [1]), "64"),
+        (("seed", range(9), "guidance", range(9)), "64"),
+        (("truncation", [1], "seed", [1]), "choose a concept"),
+        (("LoRA weight", [1], "seed", [1]), "choose a LoRA"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            draw(*args)
+
+
+def test_attention_has_a_map_for_each_word(world):
+    shown = explore.attention(world, settings(prompt="a red hat"), lambda *_: None, threading.Event())
+    assert [caption for _, caption in shown] == ["the picture", "a", "red", "hat"]
+    assert all(image.size == shown[0][0].size for image, _ in shown)
+    assert (pixels(shown[0][0]) == pixels(generate.draw(world, settings(prompt="a red hat")))).all()
+
+
+@pytest.mark.parametrize("method", ["saliency", "integrated gradients"])
+def test_a_reward_looks_where_something_is(method):
+    """Compressibility of a flat picture with a patch of noise: what could change is the noise, not the far corner."""
+    array = np.full((64, 64, 3), 128, np.uint8)
+    array[:16, :16] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
+    shown, score = explore.reward_map("incompressibility", Image.fromarray(array), "", method)
+    assert np.isfinite(score)
+    heat = pixels(shown).sum(-1)
+    assert heat[:16, :16].mean() > heat[-16:, -16:].mean()
+
+
+# Errors, passwords, addresses
+
+
+def test_errors_are_sentences():
+    def fail(error):
+        def function():
+            raise error
+
+        with pytest.raises(gr.Error) as caught:
+            ui.said(function)()
+        return caught.value
+
+    assert fail(ValueError("a <b>name</b>")).message == "a &lt;b&gt;name&lt;/b&gt;"
+    assert "log" in fail(KeyError("/home/me/secret")).message and "secret" not in fail(KeyError("secret")).message
+    assert fail(generate.Cancelled()).message == "Cancelled."
+    assert fail(ValueError("x")).print_exception is False
+
+
+def test_errors_of_generators_are_sentences():
+    @ui.said
+    def function():
+        yield 1
+        raise ValueError("no")
+
+    said = function()
+    assert next(said) == 1
+    with pytest.raises(gr.Error, match="no"):
+        next(said)
+
+
+def test_wrong_passwords_are_counted(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(safety.time, "monotonic", lambda: now[0])
+    check = safety.login("alignkit", "sesame")
+    assert check("alignkit", "sesame") and not check("alignkit", "no") and not check("root", "sesame")
+    for _ in range(8):
+        assert not check("alignkit", "guess")
+    assert not check("alignkit", "sesame")  # ten were wrong
+    now[0] += safety.LOGIN_WINDOW + 1
+    assert check("alignkit", "sesame")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_others_are_let_in_with_a_password_only(tmp_path, host):
+    with pytest.raises(ValueError, match="password"):
+        page.launch(None, tmp_path, host=host)
+    assert not page.is_loopback(host)
+    assert all(page.is_loopback(own) for own in ("127.0.0.1", "::1", "localhost"))

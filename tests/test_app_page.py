@@ -1,0 +1,248 @@
+"""The running page through its API: what a program of yours would call, and what somebody with bad intentions."""
+
+import json
+import re
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from app import jobs, safety
+from tests.app_server import make_world, serving
+from tests.test_app import png_of_size
+
+OUTWARD: list[tuple] = []  # connections to anywhere but this machine
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    return folder, make_world(folder)
+
+
+@pytest.fixture(scope="module")
+def url(world):
+    folder, bases = world
+    connect = socket.socket.connect
+
+    def watched(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            OUTWARD.append(address)
+        return connect(self, address)
+
+    socket.socket.connect = watched
+    try:
+        with serving(folder / "runs", bases, queue_size=4) as url:
+            yield url
+    finally:
+        socket.socket.connect = connect
+
+
+@pytest.fixture(scope="module")
+def client(url, tmp_path_factory):
+    return Client(url, verbose=False, httpx_kwargs={"timeout": 60}, download_files=tmp_path_factory.mktemp("downloads"))
+
+
+def wait_for(client: Client, run: str, state: str, steps: int = 0) -> dict:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        status = client.predict(run, api_name="/run_status")
+        if status["state"] == state and status["step"] >= steps:
+            return status
+        time.sleep(0.1)
+    pytest.fail(f"{run} is {status}, not {state}")
+
+
+def test_what_is_public_has_a_name(client):
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(named) == {
+        "/generate", "/cancel", "/preview_control", "/read_settings", "/grid", "/attention", "/reward_map",
+        "/list_runs", "/run_status", "/run_curves", "/presets", "/start_training", "/dry_run", "/stop_training",
+        "/resume_training", "/delete_run",
+    }  # fmt: skip
+    for name, endpoint in named.items():
+        names = [parameter["parameter_name"] for parameter in endpoint["parameters"]]
+        assert not any(re.match(r"param_\d|value_\d", parameter) for parameter in names), (name, names)
+
+
+def test_base_and_tuned_side_by_side_and_again_from_the_png(client):
+    _, base, tuned, used = client.predict(
+        "a hat", seed=3, steps=2, loras=["alignprop/style"], weights="0.8", api_name="/generate"
+    )
+    assert Image.open(base).tobytes() != Image.open(tuned).tobytes()
+    assert used["loras"] == {"alignprop/style": 0.8} and used["seed"] == 3
+    read = client.predict(handle_file(tuned), api_name="/read_settings")
+    assert read[:5] == ("a hat", 3, "tiny", ["alignprop/style"], "0.8") and read[-1] == used
+    _, _, again, _ = client.predict(
+        read[0], seed=read[1], base=read[2], loras=read[3], weights=read[4], steps=read[14], guidance=read[15],
+        api_name="/generate",
+    )  # fmt: skip
+    assert Image.open(again).tobytes() == Image.open(tuned).tobytes()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "x " * 60}, "Prompt too long"),
+        ({"prompt": "a", "loras": ["alignprop/style"], "weights": "heavy"}, "numbers with commas"),
+        ({"prompt": "a", "loras": ["../../etc"]}, "begins with a letter or digit"),
+        ({"prompt": "a", "loras": ["<img src=x onerror=alert(1)>"]}, "&lt;img"),
+        ({"prompt": "a", "controlnet": "alignprop/style"}, "Upload or draw something"),
+    ],
+)
+def test_errors_are_sentences(client, arguments, sentence):
+    with pytest.raises(AppError, match=sentence) as error:
+        client.predict(**arguments, api_name="/generate")
+    assert "Traceback" not in str(error.value) and 'File "' not in str(error.value)
+
+
+def test_what_nobody_expected_does_not_reach_the_page(client, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("the secret path /home/me")
+
+    monkeypatch.setattr(jobs, "runs", broken)
+    with pytest.raises(AppError, match="Something went wrong") as error:
+        client.predict(api_name="/list_runs")
+    assert "secret" not in str(error.value)
+
+
+def test_drawing_is_cancelled(client):
+    """Not only the answer: the work ends, so that the next one need not wait for it."""
+    job = client.submit("a hat", steps=100, guidance=5, api_name="/generate")
+    while not job.status().progress_data and not job.done():
+        time.sleep(0.01)
+    client.predict(api_name="/cancel")
+    with pytest.raises(AppError, match="Cancelled"):
+        job.result(timeout=30)
+
+
+def test_a_training_from_its_start_to_its_end(client, world):
+    config = client.predict("alignprop", api_name="/presets")["emoji"]
+    config = config.replace("max_train_steps: 60", "max_train_steps: 200\nwait: 0.02")
+    assert "0.10 s a step" in client.predict("alignprop", "max_train_steps: 1", api_name="/dry_run")
+    config = config.replace("pretrained_model_name_or_path: emoji", "pretrained_model_name_or_path: tiny")
+    run = client.predict("alignprop", "mine", config, api_name="/start_training")
+    wait_for(client, run, "running", steps=2)
+    with pytest.raises(AppError, match="one training at a time"):
+        client.predict("alignprop", "second", "max_train_steps: 1", api_name="/start_training")
+    with pytest.raises(AppError, match="stop it first"):
+        client.predict(run, run, api_name="/delete_run")
+    client.predict(run, api_name="/stop_training")
+    stopped = wait_for(client, run, "stopped")
+    client.predict(run, api_name="/resume_training")
+    wait_for(client, run, "running", steps=stopped["step"] + 1)
+    client.predict(run, api_name="/stop_training")
+    wait_for(client, run, "stopped", steps=stopped["step"] + 1)
+    assert client.predict(api_name="/list_runs")[0] == run
+    assert client.predict(run, api_name="/run_curves")[0] == {"run": run, "step": 1, "curve": "loss", "value": 1.0}
+    base = world[1]["tiny"]
+    assert f"pretrained_model_name_or_path: {base}" in (world[0] / "runs" / run / jobs.CONFIG).read_text()
+    with pytest.raises(AppError, match="name again"):
+        client.predict(run, "", api_name="/delete_run")
+    client.predict(run, run, api_name="/delete_run")
+    assert run not in client.predict(api_name="/list_runs")
+
+
+@pytest.mark.parametrize("config", ["train_data_dir: /etc", "rewards: [{name: 'os:system'}]", "report_to: wandb"])
+def test_a_config_does_not_reach_out(client, config):
+    with pytest.raises(AppError):
+        client.predict("alignprop", "bad", config, api_name="/start_training")
+    assert "alignprop/bad" not in client.predict(api_name="/list_runs")
+
+
+# What is asked past the client
+
+
+def test_files_of_the_machine_are_not_served(url, world):
+    secret = world[0] / "secret.txt"
+    secret.write_text("sesame street")
+    (world[0] / "runs" / "notes.txt").write_text("sesame street")
+    for path in ["/etc/passwd", str(secret), f"{world[0]}/runs/notes.txt", f"{world[0]}/runs/../secret.txt",
+                 f"{world[0]}/runs/alignprop/style/{jobs.CONFIG}", str(Path(jobs.__file__))]:  # fmt: skip
+        answer = httpx.get(f"{url}/gradio_api/file={path}")
+        assert answer.status_code in (403, 404) and "sesame" not in answer.text, path
+
+
+def test_uploads_have_a_size_and_a_kind(url, client, tmp_path):
+    large = {"files": ("large.png", b"0" * (safety.MAX_FILE_BYTES + 1))}
+    assert httpx.post(f"{url}/gradio_api/upload", files=large).status_code == 413
+    for name, content, why in [("bomb.png", png_of_size(60_000, 60_000), "million pixels"),
+                               ("page.png", b"<html>", "not a picture")]:  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AppError, match=why):
+            client.predict(handle_file(str(tmp_path / name)), api_name="/reward_map")
+
+
+def test_a_path_that_was_not_uploaded_is_not_opened(url):
+    """The data of a request may say that a file lies anywhere."""
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    answer = call(url, "read_settings", [file])
+    assert "root:" not in answer and "error" in answer
+
+
+def test_pictures_in_requests_are_counted_too(url):
+    """As a data URL, a picture comes past the upload, and Gradio decodes it."""
+    import base64
+
+    bomb = "data:image/png;base64," + base64.b64encode(png_of_size(60_000, 60_000)).decode()
+    file = {"url": bomb, "path": "x.png", "meta": {"_type": "gradio.FileData"}}
+    started = time.monotonic()
+    assert "error" in call(url, "reward_map", [file, "aesthetic", "", "saliency"])
+    assert time.monotonic() - started < 20
+
+
+def call(url: str, name: str, values: list) -> str:
+    """The end of an endpoint's stream of events."""
+    made = httpx.post(f"{url}/gradio_api/call/{name}", json={"data": values})
+    if made.status_code != 200:
+        return f"error {made.status_code}"
+    return httpx.get(f"{url}/gradio_api/call/{name}/{made.json()['event_id']}", timeout=60).text
+
+
+def test_other_sites_may_not_ask(url):
+    answer = httpx.post(
+        f"{url}/gradio_api/call/list_runs", json={"data": []}, headers={"Origin": "https://evil.example"}
+    )
+    assert answer.headers.get("access-control-allow-origin") != "https://evil.example"
+
+
+def test_a_full_queue_is_a_polite_refusal(client):
+    waiting = [client.submit("a hat", steps=20, api_name="/generate") for _ in range(12)]
+    answers = []
+    for job in waiting:
+        try:
+            job.result(timeout=120)
+            answers.append("drawn")
+        except Exception as error:
+            answers.append(str(error))
+    refused = [answer for answer in answers if answer != "drawn"]
+    assert refused and all("queue" in answer.lower() for answer in refused)
+    assert answers.count("drawn") >= 4
+
+
+def test_a_password_keeps_the_others_out(world, tmp_path):
+    with serving(tmp_path, world[1], password="sesame") as url:
+        for path in ("/config", "/gradio_api/info", "/gradio_api/file=/etc/passwd"):
+            assert httpx.get(url + path).status_code == 401, path
+        assert httpx.post(f"{url}/login", data={"username": "alignkit", "password": "x"}).status_code == 400
+        assert (
+            Client(url, auth=("alignkit", "sesame"), verbose=False, httpx_kwargs={"timeout": 60}).predict(
+                api_name="/list_runs"
+            )
+            == []
+        )
+
+
+def test_nothing_was_asked_outside(client):
+    """Neither at the start nor later: no analytics, no version check, no fonts."""
+    assert OUTWARD == []
+    config = json.dumps(httpx.get(f"{client.src.rstrip('/')}/config").json())
+    assert json.loads(config)["analytics_enabled"] is False
+    css = httpx.get(f"{client.src.rstrip('/')}/theme.css").text
+    assert "http://" not in css.replace("http://www.w3.org", "") and "https://" not in css
