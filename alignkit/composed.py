@@ -173,13 +173,13 @@ class Composed:
         self.concepts[phrase] = loaded
 
     def _load_controlnet(self, controlnet: Any) -> None:
+        several = isinstance(controlnet, (list, tuple))
+        nets = [self._one_controlnet(net) for net in (controlnet if several else [controlnet])]
         if type(self.base) not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values() or hasattr(self.base, "controlnet"):
             raise ValueError(
                 f"controlnet: expected a stock text-to-image pipeline to put it beside, got a "
                 f"{type(self.base).__name__}. One that has a ControlNet takes no other."
             )
-        several = isinstance(controlnet, (list, tuple))
-        nets = [self._one_controlnet(net) for net in (controlnet if several else [controlnet])]
         device = getattr(self.pipe, "_offload_device", None) if getattr(self.pipe, "_all_hooks", None) else None
         self.pipe = AutoPipelineForText2Image.from_pipe(self.pipe, controlnet=nets if several else nets[0])
         self.pipe.set_progress_bar_config(**getattr(self.base, "_progress_bar_config", {}))
@@ -197,7 +197,8 @@ class Composed:
                 f"controlnet: of a {type(self.base).__name__}, expected a loaded ControlNet, got {net!r}: load it by "
                 "its own class of diffusers."
             )
-        return load_controlnet(str(net), unet, self.base.vae_scale_factor).to(unet.dtype).requires_grad_(False).eval()
+        loaded = load_controlnet(str(net), unet, self.base.vae_scale_factor).requires_grad_(False).eval()
+        return loaded if unet.dtype == loaded.dtype else loaded.to(unet.dtype)
 
     def unload(self) -> Any:
         """Takes out again what was loaded; returns the pipeline, as it was."""
@@ -408,7 +409,7 @@ def _converted(pipe: Any, images: Tensor, output_type: str) -> Any:
 
 def _listed(prompt: Any, options: Mapping[str, Any]) -> list[str]:
     if prompt is None:
-        return [""] * len(options["prompt_embeds"])
+        return [""] * len(options.get("prompt_embeds", ()))
     return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
