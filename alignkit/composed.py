@@ -210,6 +210,16 @@ class Composed:
         self.__init__(base)
         return base
 
+    def follow(self, components: Mapping[str, Any], progress_bar_config: Mapping[str, Any]) -> None:
+        """Takes over what was replaced in the pipeline that it draws for: a scheduler, a VAE, a compiled U-Net."""
+        for pipe in {id(pipe): pipe for pipe in (self.pipe, self.base)}.values():
+            pipe.set_progress_bar_config(**progress_bar_config)
+        for name, part in components.items():
+            old = getattr(self.base, name)
+            for pipe in (self.pipe, self.base) if part is not old else ():
+                if getattr(pipe, name) is old:
+                    setattr(pipe, name, part)
+
     # What it does
 
     def __call__(
@@ -315,6 +325,12 @@ class Composed:
     def _weights(self, scales: dict[str, float]) -> Iterator[None]:
         """Inside, styles and customiser are in the networks."""
         scales = scales | dict.fromkeys(self._customizer_adapters, 1.0)
+        unknown = sorted({name for names in _adapters(self.base).values() for name in names} - set(scales))
+        if unknown:
+            raise ValueError(
+                f"The adapter {unknown[0]!r} was loaded into this pipeline after it was composed: compose it with the "
+                "others, as one of the loras."
+            )
         scales = {name: scale for name, scale in scales.items() if scale}
         with ExitStack() as stack:
             if scales:
