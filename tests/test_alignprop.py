@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from alignkit.artifacts import LORA_WEIGHTS, read_events
 from alignkit.base import Base, load_base
 from alignkit.config import LoraConfig, parse
+from alignkit.early_stop import EarlyStopConfig, best_of, reason_to_stop
 from alignkit.emoji import WEIGHTS_DIR
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
@@ -19,7 +20,7 @@ from alignkit.sampling import PLANS
 from tests.tiny import save_tiny_model
 from tests.torchrun import train_on_two_ranks
 from training import alignprop
-from training.alignprop import Config, EarlyStopConfig, PlanConfig, best_of, reason_to_stop, train
+from training.alignprop import Config, PlanConfig, train
 
 ROOT = Path(__file__).parent.parent
 RED = "tests.toy_rewards:Red"
