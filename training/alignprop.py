@@ -31,12 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import make_image_grid, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
-from PIL.Image import Resampling
 from torch import Tensor, nn
 
-from alignkit.artifacts import LORA_WEIGHTS, atomic, read_events, save_lora, write_card
+from alignkit.artifacts import LORA_WEIGHTS, read_events, save_lora, save_strip, write_card
 from alignkit.base import Base, add_lora
 from alignkit.config import LoraConfig, RunConfig, command, to_dict
 from alignkit.data import Prompts, read_prompts
@@ -335,11 +333,7 @@ def export(
     folder = run.output_dir
     save_lora(folder, base.network)
     shown = min(8, len(before))
-    pictures = numpy_to_pil(torch.cat([before[:shown], after[:shown]]).permute(0, 2, 3, 1).cpu().numpy())
-    zoom = max(1, 128 // pictures[0].width)
-    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
-    with atomic(folder / "before_after.png") as temporary:
-        make_image_grid(pictures, rows=2, cols=shown).save(temporary, "PNG")
+    save_strip(folder / "before_after.png", [before[:shown], after[:shown]])
     columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(prompts.prompts[:shown]))
     write_card(
         folder,
