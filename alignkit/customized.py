@@ -28,6 +28,7 @@ from alignkit.artifacts import LORA_WEIGHTS, PEFT_WEIGHTS, load_json, load_lora,
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
 CONCEPT = "concept.json"
+DUMMY = "a photo of {}"
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Attention]:
@@ -115,7 +116,7 @@ def save_embeddings(folder: str | Path, rows: Mapping[str, Tensor], metadata: Ma
 
 
 def save_concept(folder: str | Path, **fields: Any) -> None:
-    """Writes concept.json: method, phrase, class_noun, base_model, base_fingerprint (of the base, before training)."""
+    """Writes concept.json: method, phrase, class_noun, dummy, base_model, base_fingerprint (before training)."""
     save_json(fields, Path(folder) / CONCEPT)
 
 
@@ -146,14 +147,19 @@ class Customized:
 
 
 def load(
-    pipe: Any, path: str | Path, phrase: str | None = None, class_noun: str | None = None, dummy: str = "a photo of {}"
+    pipe: Any,
+    path: str | Path,
+    phrase: str | None = None,
+    class_noun: str | None = None,
+    dummy: str | None = None,
 ) -> Customized:
     """What was trained, loaded into a stock pipeline of its base.
 
     `path`: a folder of `training/customize.py` or `training/neti.py` (which say what the concept is called); a file of
     Textual Inversion; a LoRA of diffusers, peft or kohya; Custom Diffusion's weights, with learned_embeds.safetensors
     beside them or not; a folder with the unet/ (and text_encoder/) of DreamBooth. Of others' files, `phrase` and
-    `class_noun` say what prompts call it. The pipeline is changed; DreamBooth gets one of its own.
+    `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was trained in; what the folder says,
+    else "a photo of {}". The pipeline is changed; DreamBooth gets one of its own.
 
     Raises ValueError for a pickle, a damaged file, one that fits another base, or a missing name.
     """
@@ -167,14 +173,15 @@ def load(
                 f"{path} was trained on another base model ({said['base_model']}): W_k and W_v differ. Load that base."
             )
         phrase, class_noun = phrase or said["phrase"], class_noun or said["class_noun"]
+        dummy = dummy or said.get("dummy")
     elif (path / "config.json").is_file():
         learned = concepts.load(path).concepts[0]
         learned.check(pipe)
         noun = class_noun or learned.super_category_token
-        return Customized(pipe, Concept(learned.placeholder_token, noun, dummy, learned))
+        return Customized(pipe, Concept(learned.placeholder_token, noun, dummy or DUMMY, learned))
     if not (phrase and class_noun):
         raise ValueError(f"{path} does not say what its concept is called: pass phrase and class_noun.")
-    concept = Concept(phrase, class_noun, dummy)
+    concept = Concept(phrase, class_noun, dummy or DUMMY)
     if (path / "unet").is_dir():
         return Customized(_dreambooth(pipe, path), concept, base=pipe)
 

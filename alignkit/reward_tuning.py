@@ -5,45 +5,33 @@ validation images again and again, ends the run that exploits its reward, and wr
 """
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from alignkit.artifacts import LORA_WEIGHTS, read_events, save_lora, save_strip, write_card
 from alignkit.base import Base
 from alignkit.config import LoraConfig, RunConfig, to_dict
 from alignkit.data import Prompts, read_prompts
+from alignkit.early_stop import (
+    EarlyStopConfig,
+    best_of,
+    coarse_features,
+    diversity,
+    gains,
+    keep_best,
+    monitor_scores,
+    reason_to_stop,
+    restore_best,
+)
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards
 from alignkit.rewards.clip import Encoder
 from alignkit.run import Run
 from alignkit.sampling import sample
-
-
-@dataclass
-class EarlyStopConfig:
-    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds.
-
-    A run that is stopped leaves the LoRA of its best validation: the highest mean of the monitors.
-    """
-
-    enabled: bool = False
-    """Off: only log."""
-    min_diversity: float = 0.5
-    """Stop when the diversity falls below this share of the base's."""
-    monitor_drop: float = 0.5
-    """Stop when a monitor has been this far below its best, in standard deviations of the base's scores, ..."""
-    patience: int = 2
-    """... for this many validations in a row, while the trained reward was above what it was at that best."""
-
-    def __post_init__(self):
-        if self.patience < 1:
-            raise ValueError(f"early_stop.patience: expected at least 1, got {self.patience}")
 
 
 @dataclass
@@ -136,13 +124,7 @@ class Judges(nn.Module):
         """[B, D], whose distances say how different images are: CLIP's of a monitor, else the RMS of coarse pixels."""
         if self.encoder:
             return self.encoder.embed_images(images)
-        coarse = F.adaptive_avg_pool2d(images, 16).flatten(1)
-        return coarse / math.sqrt(coarse.shape[1])
-
-
-def diversity(features: Tensor) -> float:
-    """Mean distance between two images of a batch, by their features [B, D]."""
-    return float(F.pdist(features).mean()) if len(features) > 1 else 0.0
+        return coarse_features(images)
 
 
 def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
@@ -212,8 +194,7 @@ class Validation:
             self.images, norm = self.draw(), lora_norm(self.lora, self.cfg.lora)
             measured = self.judges.measure(self.images, self.prompts)
             self.history.append(self.summary(measured) | {"step": step + 1})
-            if self.best() is self.history[-1]:
-                self.tensors.update({f"best/{n}": p.detach().cpu().clone() for n, p in self.lora.items()})
+            keep_best([self.start, *self.history], self.cfg.early_stop, self.lora, self.tensors)
         self.run.show(step, "validation", self.images, self.prompts.prompts)
         del measured["features"]
         return {f"validation/{name}": value for name, value in measured.items()} | {
@@ -222,59 +203,25 @@ class Validation:
             "drift/lora_norm": norm,
         }
 
-    def best(self) -> dict[str, Any] | None:
-        return best_of([self.start, *self.history], self.cfg.early_stop)
-
     def reason_to_stop(self, step: int) -> str | None:
         """In words, after a `measure` that was due; if one process has a reason, by a rounding error, all have."""
         if self.images is None:
             return None
-        reason = reason_to_stop([self.start, *self.history], self.cfg.early_stop)
+        history = [self.start, *self.history]
+        reason = reason_to_stop(history, self.cfg.early_stop)
         if not self.run.gather(torch.tensor([int(reason is not None)], device=self.run.device)).any():
             return None
-        self.kept = self.best()
+        self.kept = best_of(history, self.cfg.early_stop)
         kept = f"; the LoRA is that of step {self.kept['step']}, the best by its validation" if self.kept else ""
         return f"stopped early after {step + 1} steps: {reason or 'as another process did'}{kept}"
 
     def summary(self, measured: dict[str, Tensor]) -> dict[str, Any]:
-        """Trained reward, diversity, each monitor's gain over the base in standard deviations of the base's scores."""
-        base = {name: values for name, values in self.base_measured.items() if name.startswith("monitor/")}
+        """As alignkit/early_stop.py has it, from the base on."""
         return {
             "reward": -float(measured["loss"].mean()),
             "diversity": diversity(measured["features"]),
-            "monitors": {
-                name: float((measured[name] - values).mean() / values.std(correction=0).clamp(min=1e-6))
-                for name, values in base.items()
-            },
+            "monitors": gains(measured, monitor_scores(self.base_measured)),
         }
-
-
-def reason_to_stop(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> str | None:
-    """Of the summaries of a run's validations, the base's first: why it should end here, if it should."""
-    if not cfg.enabled:
-        return None
-    start, now = history[0], history[-1]
-    if now["diversity"] < cfg.min_diversity * start["diversity"]:
-        return f"the diversity of the validation images fell from {start['diversity']:.3g} to {now['diversity']:.3g}"
-    for name in start["monitors"]:
-        best = max(history, key=lambda summary: summary["monitors"][name])
-        threshold = best["monitors"][name] - cfg.monitor_drop
-        exploited = [s["monitors"][name] < threshold and s["reward"] > best["reward"] for s in history[-cfg.patience :]]
-        if len(exploited) == cfg.patience and all(exploited):
-            drop = best["monitors"][name] - now["monitors"][name]
-            return f"{name} fell by {drop:.2f} of the base's standard deviations while the trained reward rose"
-    return None
-
-
-def best_of(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> dict[str, Any] | None:
-    """Of the summaries of a run's validations, the base's first: the one with the highest mean of the monitors.
-
-    None without an early stop, and where the diversity was too low in all of them. The trained reward counts where
-    there are no monitors.
-    """
-    start, *validations = history
-    diverse = [s for s in validations if cfg.enabled and s["diversity"] >= cfg.min_diversity * start["diversity"]]
-    return max(diverse, key=lambda s: fmean(s["monitors"].values() or [s["reward"]]), default=None)
 
 
 # What it leaves behind
@@ -288,8 +235,8 @@ def export(run: Run, validation: Validation, method: str, tag: str, source: str,
     cfg, base, folder, prompts = validation.cfg, validation.base, run.output_dir, validation.prompts.prompts
     with run.averaged():
         if validation.kept:
-            for name, parameter in validation.lora.items():
-                parameter.data.copy_(validation.tensors[f"best/{name}"])
+            history = [validation.start, *validation.history]
+            restore_best(history, cfg.early_stop, validation.lora, validation.tensors)
         if validation.kept or validation.images is None:
             validation.images = validation.draw()
         if not run.is_main:

@@ -13,16 +13,9 @@ from alignkit.artifacts import LORA_WEIGHTS, read_events
 from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, parse, to_dict
 from alignkit.data import read_prompts
+from alignkit.early_stop import EarlyStopConfig, best_of, diversity, reason_to_stop
 from alignkit.emoji import WEIGHTS_DIR
-from alignkit.reward_tuning import (
-    EarlyStopConfig,
-    Validation,
-    best_of,
-    choose_prompt,
-    diversity,
-    lora_norm,
-    reason_to_stop,
-)
+from alignkit.reward_tuning import Validation, choose_prompt, lora_norm
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from alignkit.sampling import PLANS

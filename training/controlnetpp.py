@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import ControlNetModel
@@ -60,6 +60,16 @@ from alignkit.controlnet import (
     save_controlnet,
 )
 from alignkit.controls import Controls, Example, open_controls
+from alignkit.early_stop import (
+    EarlyStopConfig,
+    coarse_features,
+    diversity,
+    gains,
+    keep_best,
+    monitor_scores,
+    reason_to_stop,
+    restore_best,
+)
 from alignkit.noise import NoiseSchedule, draw_noise
 from alignkit.rewards import RewardConfig, WeightedRewards, combine
 from alignkit.run import Run
@@ -111,6 +121,9 @@ class Config(DiffusionConfig):
     """Of the validation's classifier-free guidance; 1 turns it off."""
     negative_prompt: str = ""
     """Of the validation."""
+
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig, metadata={"free": True})
+    """When to end a run that exploits its reward: the consistency of the validation images, against the monitors."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -180,17 +193,21 @@ def train(cfg: Config) -> Path:
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
     rewarded_snr = snr_range(cfg, base.schedule)
 
-    run.prepare(dict(controlnet.named_parameters()))
+    params = dict(controlnet.named_parameters())
+    state, best = {"validations": [], "start": {}}, {}
+    run.prepare(params, state, best)
     validation = Validation(cfg, base, controlnet, condition, monitors, fixed, size)
     if run.position == 0:
         with run.first_validation():
-            images, _ = validation.measure()
+            images, measured = validation.measure()
+            state["start"] = monitor_scores(measured)
+            state["validations"].append(validation.summary(0, images, measured, state["start"]))
         run.show(0, "start", images, validation.prompts)
         run.show(0, "control", validation.controls, validation.prompts)
 
     load = Loader(run, data, base, condition, size, cfg.cache)
     encode_prompts = remembering(base, size) if cfg.cache else partial(encode_prompt, base, size)
-    images = None
+    stopped, images = None, None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
         everywhere = range(step * run.global_batch, (step + 1) * run.global_batch)  # also of other processes
@@ -230,15 +247,25 @@ def train(cfg: Config) -> Path:
         if run.every(cfg.validation_steps, step) and not cfg.dry_run:
             with run.averaged():
                 images, validated = validation.measure()
+                state["validations"].append(validation.summary(step + 1, images, validated, state["start"]))
+                keep_best(state["validations"], cfg.early_stop, params, best)
             run.show(step, "validation", images, validation.prompts)
             scalars |= validated
         run.log(step, **scalars)
+        if images is not None:
+            reason = reason_to_stop(state["validations"], cfg.early_stop)
+            if run.gather(torch.tensor([int(reason is not None)], device=run.device)).any():
+                stopped = f"stopped early after {step + 1} steps: {reason}"
+                break
 
     with run.averaged():
-        images = validation.measure()[0] if images is None else images
+        kept = restore_best(state["validations"], cfg.early_stop, params, best) if stopped else None
+        if kept:
+            stopped += f"; the ControlNet is that of step {kept}, the best by its validation"
+        images = validation.measure()[0] if kept or images is None else images
         if run.is_main:
-            export(run, cfg, controlnet, condition, validation, images)
-    run.finish()
+            export(run, cfg, controlnet, condition, validation, images, stopped)
+    run.finish(stopped)
     return run.output_dir
 
 
@@ -451,15 +478,27 @@ class Validation:
         )
         figures = score(self.condition, images, self.targets, cfg.train_batch_size)
         scalars = {f"validation/{name}": value for name, value in figures.items()}
-        losses, scores = [], []
+        losses, consistency, scores = [], [], []
         for rows in torch.arange(len(images)).split(cfg.train_batch_size):
             losses.append(self.diffusion(rows))
+            consistency.append(self.condition(images[rows], self.targets[rows]))
             if self.monitors:
                 scores.append(self.monitors(images[rows], [self.prompts[i] for i in rows]).values)
-        scalars["validation/diffusion"] = torch.cat(losses)
+        scalars["validation/diffusion"], scalars["validation/reward_loss"] = torch.cat(losses), torch.cat(consistency)
         for name in scores[0] if scores else ():
             scalars[f"monitor/{name}"] = torch.cat([part[name] for part in scores])
         return images, scalars
+
+    def summary(
+        self, step: int, images: Tensor, measured: dict[str, Tensor | float], start: dict[str, list[float]]
+    ) -> dict[str, Any]:
+        """As alignkit/early_stop.py has it."""
+        return {
+            "step": step,
+            "reward": -float(measured["validation/reward_loss"].mean()),
+            "diversity": diversity(coarse_features(images)),
+            "monitors": gains(measured, start),
+        }
 
     def diffusion(self, rows: Tensor) -> Tensor:
         """L_diffusion [b] at evenly spaced timesteps and fixed noise: the training's own is drowned in theirs."""
@@ -474,7 +513,13 @@ class Validation:
 
 
 def export(
-    run: Run, cfg: Config, controlnet: ControlNetModel, condition: Condition, validation: Validation, images: Tensor
+    run: Run,
+    cfg: Config,
+    controlnet: ControlNetModel,
+    condition: Condition,
+    validation: Validation,
+    images: Tensor,
+    stopped: str | None,
 ) -> None:
     """The ControlNet, a strip of what it draws, the curves, and a card."""
     folder = run.output_dir
@@ -490,7 +535,8 @@ def export(
         folder,
         title=f"ControlNet of {cfg.pretrained_model_name_or_path}: {cfg.condition.name}",
         description=(
-            f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987).\n\n"
+            f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987)"
+            f"{f'; {stopped}' if stopped else ''}.\n\n"
             f"Load it with `ControlNetModel.from_pretrained(folder)` into a `{pipeline}`. From top to "
             "bottom: the control, the image, the control extracted from it by the training's own judge, the "
             f"difference of the two. The columns:\n\n{columns}"
@@ -502,7 +548,7 @@ def export(
         tags=["controlnet", "controlnetpp"],
     )
     print(
-        f"finished\npicture:    {folder / 'strip.png'}\n"
+        f"{stopped or 'finished'}\npicture:    {folder / 'strip.png'}\n"
         f"curves:     {folder / 'curves.png'}\nControlNet: {folder / WEIGHTS}",
         flush=True,
     )

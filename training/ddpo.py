@@ -37,12 +37,12 @@ from torch import Tensor
 from alignkit.base import Base, add_lora
 from alignkit.config import command
 from alignkit.data import Prompts
+from alignkit.early_stop import diversity
 from alignkit.reward_tuning import (
     Judges,
     RewardTuningConfig,
     Validation,
     choose_prompt,
-    diversity,
     export,
     read_training_prompts,
 )

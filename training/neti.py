@@ -33,12 +33,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.utils import make_image_grid, numpy_to_pil
-from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.artifacts import atomic, read_events, write_card
+from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.attention import context_bank
 from alignkit.base import Base
 from alignkit.concepts import Concept, Concepts, create, encode_contexts, tokenize, towers
@@ -341,7 +339,7 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
     """The concept, its pictures, the strip of truncations, the curves, and a card."""
     folder = concept.save(run.output_dir)
     pictures = [folder / "validation.png"]
-    save_grid(draw(cfg, base, concept), len(cfg.validation_seeds), pictures[0])
+    save_strip(pictures[0], draw(cfg, base, concept).split(len(cfg.validation_seeds)))
     text = (
         f"Learnt from {len(data.images)} images of {cfg.train_data_dir} by `training/neti.py` (method {cfg.method})."
         f"\n\n```python\nwith alignkit.concepts.load(folder).applied(pipe):\n"
@@ -352,7 +350,7 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
         kept = truncations(cfg.mapper.hidden_size)
         strip = torch.stack([draw(cfg, base, concept, truncation, seeds=1) for truncation in kept], 1)
         pictures.append(folder / "truncation.png")
-        save_grid(strip.flatten(0, 1), len(kept), pictures[1])
+        save_strip(pictures[1], strip.unbind())
         text += f" The columns of the second keep {', '.join(map(str, kept))} hidden units."
     write_card(
         folder,
@@ -366,14 +364,6 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
         instance_prompt=cfg.placeholder_token,
     )
     print(f"finished\npictures: {', '.join(map(str, pictures))}\nconcept:  {folder}", flush=True)
-
-
-def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    pictures = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
-    zoom = max(1, 128 // pictures[0].width)
-    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
-    with atomic(path) as temporary:
-        make_image_grid(pictures, rows=len(pictures) // columns, cols=columns).save(temporary, "PNG")
 
 
 def main(argv: list[str] | None = None) -> None:
