@@ -128,6 +128,12 @@ def alignit(
     concepts = _as_concepts(concepts)
     if mode not in ("attention", "input"):
         raise ValueError(f"mode: expected attention or input, got {mode!r}.")
+    if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
+        raise ValueError(f"Expected source dummy or prompt, infuse both, keys or values; got {source!r}, {infuse!r}.")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
+    if "encode_prompt" in vars(pipe):
+        raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     if mode == "input":
         if infuse != "both" or layers is not None or timesteps is not None or truncation is not None or base_adapters:
             raise ValueError(
@@ -152,16 +158,10 @@ def alignit(
     pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
     _check_network(pipe)
-    if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
-        raise ValueError(f"Expected source dummy or prompt, infuse both, keys or values; got {source!r}, {infuse!r}.")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
     if source == "prompt" and len({concept.learned is None for concept in concepts}) > 1:
         raise ValueError(
             "source prompt needs all concepts in the tokenizer, or all of them loaded by alignkit.concepts."
         )
-    if "encode_prompt" in vars(pipe):
-        raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     names = text_layers(pipe.unet)
     unknown = sorted(set(layers or ()) - set(names))
     if unknown or (layers is not None and not layers):
@@ -174,7 +174,7 @@ def alignit(
     segment = _Segment(tokenizers, 0, window)
     text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment, truncation, base_adapters)
     if not two_weights and base is None and custom is None:
-        text.check_customised(pipe)
+        _check_customised(pipe, concepts, segment.of(pipe), base_adapters)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
     everywhere = infuse == "both" and layers is None and timesteps is None
     everywhere = everywhere and all(concept.values_from is None for concept in concepts)
@@ -253,20 +253,6 @@ class _Text:
         self.concepts = [_on_device(concept, custom) for concept in concepts]
         self.num_layers, self.cache, self.window = num_layers, {}, segment.window
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
-
-    def check_customised(self, pipe: Any) -> None:
-        """ValueError for a phrase that is nothing but plain words, in a pipeline that nobody customised."""
-        transformer = getattr(pipe, "transformer", None)
-        modules = [*_text_encoders(pipe), *([] if transformer is None else [transformer])]
-        layers = [layer for module in modules for layer in _adapters(module)]
-        adapted = any(set(layer.active_adapters) - set(self.base_adapters) for layer in layers)
-        for concept in self.concepts:
-            known = [token for t in self.segment.of(pipe) for token in t.get_added_vocab() if token in concept.phrase]
-            if not (adapted or known or concept.learned is not None or concept.values_from):
-                raise ValueError(
-                    f"Nothing in this pipeline is customised for {concept.phrase!r}: expected a token of Textual "
-                    "Inversion, a LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
-                )
 
     def find(self, prompt: str) -> list[tuple[int, int, Concept]]:
         """(start, stop, concept) in characters, for every occurrence, in their order."""
@@ -574,8 +560,7 @@ def _input_rows(
 
     default = signature.parameters["max_sequence_length"].default
     if base is None and custom is None:
-        for text in of_length(default):
-            text.check_customised(pipe)
+        _check_customised(pipe, concepts, [t for segment in _segments(pipe, default) for t in segment.of(pipe)])
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
         given = signature.bind(*args, **kwargs)
@@ -719,6 +704,23 @@ def _refuse_merged(pipe: Any) -> None:
             f"The LoRA {sorted(pipe._merged_adapters)} was merged into the weights, so the base's are gone. Call "
             "pipe.unfuse_lora() first, or load it without merging."
         )
+
+
+def _check_customised(
+    pipe: Any, concepts: Sequence[Concept], tokenizers: Sequence[Any], base_adapters: Sequence[str] = ()
+) -> None:
+    """ValueError for a phrase that is nothing but plain words, in a pipeline that nobody customised."""
+    transformer = getattr(pipe, "transformer", None)
+    modules = [*_text_encoders(pipe), *([] if transformer is None else [transformer])]
+    layers = [layer for module in modules for layer in _adapters(module)]
+    adapted = any(set(layer.active_adapters) - set(base_adapters) for layer in layers)
+    for concept in concepts:
+        known = [token for t in tokenizers for token in t.get_added_vocab() if token in concept.phrase]
+        if not (adapted or known or concept.learned is not None or concept.values_from):
+            raise ValueError(
+                f"Nothing in this pipeline is customised for {concept.phrase!r}: expected a token of Textual "
+                "Inversion, a LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
+            )
 
 
 def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:

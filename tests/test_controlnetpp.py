@@ -597,7 +597,7 @@ def test_the_summary_of_a_validation():
     assert got == {
         "step": 5,
         "reward": -2.0,
-        "diversity": pytest.approx(math.sqrt(3)),
+        "diversity": pytest.approx(1.0),
         "monitors": {"monitor/Red": 0.5},
     }
 
