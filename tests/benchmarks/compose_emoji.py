@@ -37,7 +37,6 @@ from alignkit.emoji import concepts, measure, scenes, sprites
 from alignkit.emoji.captions import article
 from alignkit.emoji.evaluator import Evaluator
 from alignkit.emoji.fit import to_float
-from alignkit.metrics import table
 
 RESULTS = Path(__file__).parent / "results"
 REWARDED = {
@@ -117,6 +116,12 @@ def figures(
         **conditions.score(condition, images, targets),
     }
     return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
