@@ -273,7 +273,7 @@ def test_a_style_is_part_of_what_alignit_keeps(kind, new_pipe, model):
 def test_a_style_that_changes_the_text_encoder(new_pipe, model, tmp_path):
     """Its words are the base's with AlignIT too."""
     pipe = new_pipe()
-    pipe.text_encoder.add_adapter(PeftConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    pipe.text_encoder.add_adapter(PeftConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
     shake(p for n, p in pipe.text_encoder.named_parameters() if "lora_" in n)
     pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder))
     composed = alignkit.compose(new_pipe(), loras={"style": tmp_path}, concepts=[model / "textual_inversion"])
