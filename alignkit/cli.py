@@ -108,7 +108,8 @@ def generate(
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     composed = compose(pipe, loras=loras, controlnet=controlnet, concepts=list(concept), alignit=alignit)
     judge = build_reward(reward) if reward else None
-    files = [file for path in (controlnet, *concept) if path for file in sorted(Path(path).rglob("*.safetensors"))]
+    folders = [Path(path, part) for path in (controlnet, *concept) if path for part in ("", "unet", "text_encoder")]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     notes: dict = {
         "lora_sha256": {spec: sha256(_lora_file(path)) for spec, (path, _) in zip(lora, loras.values(), strict=True)},
         "sha256": {str(file): sha256(file) for file in [*files, *([control_image] if control_image else [])]},

@@ -66,10 +66,14 @@ class Composable:
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Saves base, ControlNet, LoRAs and concepts; `from_pretrained` of the folder draws the same.
 
-        Stock pipelines read the base from it, as they would from any folder. ValueError as of `compose` when a file
-        that was loaded is not there any more.
+        Stock pipelines read the base from it, as they would from any folder. ValueError when a file that was loaded is
+        not there any more.
         """
         folder, loras, concepts = Path(save_directory), self.config["loras"], self.config["concepts"]
+        files = [path for path, _ in loras.values()] + [concept["path"] for concept in concepts.values()]
+        gone = [file for file in files if not Path(file).exists()]
+        if gone:
+            raise ValueError(f"{gone[0]} is not there any more, so it cannot be saved with the pipeline.")
         for name, (path, _) in loras.items():
             file = Path(path) / LORA_WEIGHTS if Path(path).is_dir() else Path(path)
             _copy(file, folder / "loras" / name / LORA_WEIGHTS)

@@ -39,7 +39,7 @@ from alignkit.base import Base, load_base
 from alignkit.concepts import Concepts
 from alignkit.concepts.text import substitute
 from alignkit.controlnet import check_fit, load_controlnet
-from alignkit.guidance import Ascent, Score, Wish, as_ascent, draw_best, generators
+from alignkit.guidance import Ascent, RewardSearch, Score, as_ascent, draw_best, generators
 from alignkit.refine import Refiner, build_refiner, refined
 from alignkit.rewards import RewardConfig, WeightedRewards, build_reward, combine
 
@@ -265,22 +265,22 @@ class Composed:
             raise ValueError("best_of, ascent and reward_scale need a reward: pass reward=...")
         if reward is not None:
             reward = _built(reward).to(self.pipe._execution_device)
-            wish = Wish(self._score(reward, asked, images, columns), best_of, as_ascent(ascent), reward_scale)
-            wish.check(self.pipe, reward, options)
+            search = RewardSearch(self._score(reward, asked, images, columns), best_of, as_ascent(ascent), reward_scale)
+            search.check(self.pipe, reward, options)
+        options |= self._control(control_image, options)
         if refine is not None:
             if prompt is None:
                 raise ValueError("refine rewrites prompts, and there is none: prompt_embeds are drawn as they are.")
             refiner = build_refiner(refine)
             texts = [refined(refiner, one, list(self.concepts)) for one in asked]
             prompt = texts[0] if isinstance(prompt, str) else texts
-        options |= self._control(control_image)
         drawn: dict[str, Any] = {"prompts": [one for one in _listed(prompt, options) for _ in range(images)]}
         with self.applied(alignit=alignit, lora_scale=lora_scale, truncation=truncation) as pipe:
             if reward is not None:
                 first = int(torch.randint(2**31, ())) if seed is None else seed
                 output_type = options.pop("output_type", "pil")
                 pictures, drawn["seeds"], drawn["rewards"] = draw_best(
-                    pipe, prompt, first, images * len(asked), wish, options
+                    pipe, prompt, first, images * len(asked), search, options
                 )
                 return Drawn(_converted(pipe, pictures, output_type), **drawn)
             if seed is not None:
@@ -368,17 +368,16 @@ class Composed:
                 "Textual Inversion, of which any number goes together."
             )
 
-    def _control(self, control_image: Any) -> dict[str, Any]:
+    def _control(self, control_image: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """`control_image` by the name that the stock pipeline has for it."""
         has_net = getattr(self.pipe, "controlnet", None) is not None
-        if has_net and control_image is None:
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        name = "control_image" if "control_image" in known else "image"
+        if has_net and control_image is None and options.get(name) is None:
             raise ValueError("This pipeline has a ControlNet: pass control_image, or compose without controlnet.")
         if not has_net and control_image is not None:
             raise ValueError("control_image needs a ControlNet: compose with controlnet=...")
-        if not has_net:
-            return {}
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        return {"control_image" if "control_image" in known else "image": control_image}
+        return {} if control_image is None else {name: control_image}
 
     def _score(
         self, reward: nn.Module, asked: list[str], images: int, columns: Mapping[str, Sequence[Any]] | None

@@ -216,7 +216,7 @@ def best_noise(
 
 
 @dataclass(frozen=True)
-class Wish:
+class RewardSearch:
     """What is wanted of pictures: the best of so many by `score`, each with its gradient followed or not."""
 
     score: Score
@@ -245,34 +245,34 @@ class Wish:
 
 
 def draw_best(
-    pipe: Any, prompt: Any, seed: int, number: int, wish: Wish, options: Mapping[str, Any]
+    pipe: Any, prompt: Any, seed: int, number: int, search: RewardSearch, options: Mapping[str, Any]
 ) -> tuple[Tensor, list[int], Tensor]:
     """`number` images [B, 3, H, W] in [0, 1] of the prompts, their seeds and their rewards [B].
 
     Image i is the best of those from the seeds seed + best_of * i, ..., seed + best_of * i + best_of - 1.
     """
     rounds = []
-    for k in range(wish.best_of):
-        seeds = [seed + wish.best_of * i + k for i in range(number)]
-        images = _draw_once(pipe, prompt, seeds, wish, options)
+    for k in range(search.best_of):
+        seeds = [seed + search.best_of * i + k for i in range(number)]
+        images = _draw_once(pipe, prompt, seeds, search, options)
         with torch.no_grad():
-            rounds.append((images, seeds, wish.score(images.float().clamp(0, 1))))
+            rounds.append((images, seeds, search.score(images.float().clamp(0, 1))))
     images, seeds, rewards = zip(*rounds, strict=True)
     best = torch.stack(rewards).max(0)
     chosen = list(enumerate(best.indices.tolist()))
     return torch.stack([images[k][i] for i, k in chosen]), [seeds[k][i] for i, k in chosen], best.values
 
 
-def _draw_once(pipe: Any, prompt: Any, seeds: list[int], wish: Wish, options: Mapping[str, Any]) -> Tensor:
+def _draw_once(pipe: Any, prompt: Any, seeds: list[int], search: RewardSearch, options: Mapping[str, Any]) -> Tensor:
     def fresh() -> dict[str, Any]:
         return {**options, "generator": generators(seeds), "output_type": "pt"}
 
-    if wish.ascent.steps:
-        x_T, _ = best_noise(pipe, prompt, wish.score, wish.ascent, fresh)
+    if search.ascent.steps:
+        x_T, _ = best_noise(pipe, prompt, search.score, search.ascent, fresh)
         with starting_from(pipe, lambda _: x_T):
             return pipe(prompt, **fresh()).images
-    if wish.scale:
-        with with_gradient(pipe) as call, steered(pipe, wish.score, wish.scale):
+    if search.scale:
+        with with_gradient(pipe) as call, steered(pipe, search.score, search.scale):
             return call(prompt, **fresh()).images
     return pipe(prompt, **fresh()).images
 

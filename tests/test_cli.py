@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit import artifacts, cli
+from alignkit import artifacts, cli, concepts
 from alignkit.base import add_lora, load_base
-from alignkit.pictures import read_settings
+from alignkit.controlnet import new_controlnet
+from alignkit.pictures import read_record, read_settings
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,35 @@ def test_images_carry_the_settings_that_draw_them_again(model, tmp_path, capsys)
         (again,) = cli.generate(**read_settings(path), output_dir=str(tmp_path / "again"))
         assert again.name == path.name
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
+
+
+def test_all_parts_are_in_the_picture_and_in_its_settings(model, tmp_path):
+    pipe = load_base(f"{model}/model").pipeline()
+    concepts.create("textual_inversion", pipe, "<n>", "cat").save(tmp_path / "concept")
+    new_controlnet(pipe.unet, pipe.vae_scale_factor).save_pretrained(tmp_path / "controlnet")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "control.png")
+    options = ["--lora", f"style={model}/lora1=0.5", "--concept", f"{tmp_path}/concept", "--alignit", "true"]
+    options += ["--controlnet", f"{tmp_path}/controlnet", "--control_image", f"{tmp_path}/control.png"]
+    options += ["--reward", "tests.toy_rewards:Red", "--best_of", "2", "--num_inference_steps", "1"]
+    size = ["--height", "32", "--width", "32", "--device", "cpu", "--output_dir", f"{tmp_path}/first"]
+    cli.main(["generate", "--model", f"{model}/model", "--prompt", "a <n>", *options, *size])
+    (path,) = (tmp_path / "first").iterdir()
+    record = read_record(path)
+    assert record["chosen"]["seed"] in (0, 1) and record["sha256"].keys() >= {f"{tmp_path}/control.png"}
+    assert f"{tmp_path}/concept/learned_embeds.safetensors" in record["sha256"]
+    (again,) = cli.generate(**record["settings"], output_dir=str(tmp_path / "again"))
+    assert again.read_bytes() == path.read_bytes() and again.name == path.name
+
+
+def test_a_refined_prompt_is_drawn_and_both_are_kept(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("alignkit.refine.build_refiner", lambda name: lambda prompt: f"{prompt} and a hat")
+    size = {"height": 32, "width": 32, "num_inference_steps": 1, "device": "cpu", "model": f"{model}/model"}
+    (path,) = cli.generate("a cat", refine="some/model", output_dir=str(tmp_path / "first"), **size)
+    record = read_record(path)
+    assert (record["base_prompt"], record["refined_by"]) == ("a cat", "some/model")
+    assert record["settings"]["prompt"] == "a cat and a hat" and "refine" not in record["settings"]
+    (again,) = cli.generate(**record["settings"], output_dir=str(tmp_path / "again"))
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
 
 
 def test_an_image_does_not_depend_on_how_many_were_asked_for(model):

@@ -13,7 +13,10 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import alignkit
 from alignkit import concepts, customized
@@ -22,9 +25,11 @@ from alignkit.artifacts import load_lora, save_lora
 from alignkit.base import add_lora, load_base
 from alignkit.controlnet import save_controlnet
 from alignkit.customized import fingerprint, save_concept, save_custom_diffusion, save_embeddings
+from alignkit.refine import build_refiner
 from tests.test_alignit import recorded, rows_of
 from tests.test_attention import hooks_and_processors
 from tests.tiny import save_tiny_model, tiny_sdxl
+from tests.tiny_models import letters
 from tests.toy_rewards import Red
 
 STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
@@ -265,6 +270,17 @@ def test_a_style_is_part_of_what_alignit_keeps(kind, new_pipe, model):
         assert torch.equal(got[1, noun.start + n :][:behind], base[name][1, noun.stop :][:behind])
 
 
+def test_a_style_that_changes_the_text_encoder(new_pipe, model, tmp_path):
+    """Its words are the base's with AlignIT too."""
+    pipe = new_pipe()
+    pipe.text_encoder.add_adapter(PeftConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    shake(p for n, p in pipe.text_encoder.named_parameters() if "lora_" in n)
+    pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder))
+    composed = alignkit.compose(new_pipe(), loras={"style": tmp_path}, concepts=[model / "textual_inversion"])
+    assert torch.equal(composed("a dog", seed=0, alignit={"strength": 0.0}, **STEPS).images, draw(pipe))
+    assert not torch.equal(draw(pipe), draw(new_pipe())) and torch.equal(draw(composed.base), draw(new_pipe()))
+
+
 def test_a_customiser_beside_learned_concepts(new_pipe, model):
     pipe = new_pipe()
     load_lora(pipe, model / "lora")
@@ -460,6 +476,19 @@ def test_a_reward_hears_what_was_asked_in_words_it_knows(new_pipe, model):
 
 class Flat(Red):
     differentiable = False
+
+
+def test_a_model_rewrites_prompts(tmp_path):
+    """A random one: always alike, one line, in its own words."""
+    tokenizer = letters()
+    sizes = {"n_positions": 512, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    refine = build_refiner(str(tmp_path), max_new_tokens=4)
+    assert refine("a dog") == refine("a dog") and "\n" not in refine("a dog")
+    with pytest.raises(ValueError, match="expected a function or a text-generation model"):
+        build_refiner(str(tmp_path / "nothing"))
 
 
 def test_rewards_that_cannot_be_followed(new_pipe):

@@ -21,6 +21,7 @@ ascent.
 
 import json
 import subprocess
+import warnings
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,6 @@ from alignkit.emoji import concepts, measure, scenes, sprites
 from alignkit.emoji.captions import article
 from alignkit.emoji.evaluator import Evaluator
 from alignkit.emoji.fit import to_float
-from alignkit.metrics import table
 
 RESULTS = Path(__file__).parent / "results"
 REWARDED = {
@@ -58,7 +58,7 @@ def asked(concept: concepts.EmojiConcept, number: int) -> tuple[list[dict], Tens
             placed = (replace(placed[0], tint=concept.tint, tint_strength=0.9), placed[1])
         images.append(scenes.render(scenes.Scene(**background, objects=placed)).image)
         color = background["background"]
-        prompt = f"a {{}} and {article(second.name)} on {article(color + ' background')}"
+        prompt = f"{{}} and {article(second.name)} on {article(color + ' background')}"
         wanted.append({"prompt": prompt, "second": second.name, "background": color})
     return wanted, to_float(np.stack(images))
 
@@ -95,7 +95,7 @@ def draw(args: Namespace, composed, says: bool, settings: dict, wanted: list[dic
         )
         images.append(
             composed(
-                want["prompt"].format(own.phrase if says else own.noun), seed=100 * i, reward=reward,
+                want["prompt"].format(f"a {own.phrase}" if says else article(own.noun)), seed=100 * i, reward=reward,
                 num_inference_steps=args.num_inference_steps, guidance_scale=5.0, output_type="pt", **one,
             ).images
         )  # fmt: skip
@@ -109,7 +109,7 @@ def figures(
     right = [b == want["background"] for b, want in zip(evaluator.background(images), wanted, strict=True)]
     scores = {
         "aesthetic": evaluator.aesthetic(images).mean(),
-        "alignment": evaluator.alignment(images, [want["prompt"].format(noun) for want in wanted]).mean(),
+        "alignment": evaluator.alignment(images, [want["prompt"].format(article(noun)) for want in wanted]).mean(),
         "second": evaluator.present(images, [want["second"] for want in wanted]).float().mean(),
         "background": np.mean(right),
         "identity": (evaluator.embed_identity(images) @ evaluator.embed_identity(real).T).mean(),
@@ -118,7 +118,14 @@ def figures(
     return {name: round(float(value), 4) for name, value in scores.items()}
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
+    warnings.filterwarnings("ignore", "No placeholder in")  # of the arms that say the class noun
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lora", default="runs/alignprop/emoji")
     parser.add_argument("--controlnet", default="runs/controlnetpp/emoji_lineart")
