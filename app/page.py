@@ -54,7 +54,7 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
             with gr.Tab("Runs", id="runs"):
                 tab_runs.build(page)
         for function, outputs in page.on_load:
-            demo.load(function, None, outputs, api_visibility="private", **ui.QUICK)
+            demo.load(function, None, outputs, **ui.QUICK)
 
         def leave(request: gr.Request) -> None:
             ui.cancel(page, request)

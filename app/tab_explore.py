@@ -59,7 +59,8 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
         with ui.stoppable(page, request) as stopped:
             across, down = ui.numbers(xs, x), ui.numbers(ys, y)
             settings = Settings(
-                prompt=prompt, base=base, seed=int(seed or 0), num_inference_steps=int(steps), guidance_scale=guidance,
+                prompt=prompt or "", base=base, seed=int(seed or 0), num_inference_steps=int(steps),
+                guidance_scale=guidance,
                 loras=dict.fromkeys(loras or [], 1.0), concepts=list(concepts or []), alignit=bool(alignit),
             )  # fmt: skip
             tell = generate.Timer(progress, "Drawing", len(across) * len(down) * int(steps))
@@ -99,7 +100,7 @@ def _attention(page: ui.Page) -> gr.Dropdown:
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
             settings = Settings(
-                prompt=prompt, base=base, seed=int(seed or 0), num_inference_steps=int(steps),
+                prompt=prompt or "", base=base, seed=int(seed or 0), num_inference_steps=int(steps),
                 loras=dict.fromkeys(loras or [], 1.0),
             )  # fmt: skip
             tell = generate.Timer(progress, "Drawing", int(steps))

@@ -87,7 +87,7 @@ def build(page: ui.Page) -> None:
         with ui.stoppable(page, request) as stopped:
             progress(0, desc="Loading")
             settings = Settings(
-                prompt=prompt, base=base, seed=int(seed or 0), negative_prompt=negative or "",
+                prompt=prompt or "", base=base, seed=int(seed or 0), negative_prompt=negative or "",
                 num_inference_steps=int(steps), guidance_scale=guidance, loras=ui.weights(loras or [], weights),
                 concepts=list(concepts or []), truncation=int(truncation) or None, alignit=bool(alignit and concepts),
                 strength=strength, controlnet=controlnet or None, control_scale=control_scale,
@@ -130,9 +130,9 @@ def build(page: ui.Page) -> None:
         show_progress_on=status, **ui.MODEL,
     )  # fmt: skip
     stop.click(cancel, None, status, cancels=[drawing], api_name="cancel", queue=False)
-    dice.click(lambda: random.randrange(2**32), None, seed, api_visibility="private", **ui.QUICK)
+    dice.click(lambda: random.randrange(2**32), None, seed, **ui.QUICK)
     preview.click(look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL)
-    png.upload(load, png, [*chosen, used], api_name="read_settings", **ui.QUICK)
+    png.upload(load, png, [*chosen, used], api_name="read_settings", concurrency_limit=None, show_progress="hidden")
 
     def refresh():
         found = generate.concepts(page.folder)

@@ -9,7 +9,6 @@ COLUMNS = ["run", "state", "step", "of"]
 
 
 def build(page: ui.Page) -> None:
-    hidden = {"api_visibility": "private", **ui.QUICK}
     with gr.Row():
         table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Runs", max_height=260, elem_id="runs_table")
     again = gr.Button("Look again", min_width=100, elem_id="runs_refresh")
@@ -78,13 +77,13 @@ def build(page: ui.Page) -> None:
         curve = curve if curve in names else (names[0] if names else None)
         return gr.LinePlot(rows[rows["curve"] == curve], y_title=curve), gr.Dropdown(names, value=curve)
 
-    again.click(refresh, None, [table, run, several], **hidden)
-    run.input(inspect, run, [status, pictures, config, files, asking], **hidden)
-    pack.click(download, run, files, **hidden)
-    delete.click(ask, run, [question, asking], **hidden)
-    keep.click(lambda: gr.Group(visible=False), None, asking, **hidden)
-    sure.click(remove, run, [table, run, several, asking], **hidden)
-    gr.on([several.input, curve.input], compare, [several, curve], [plot, curve], **hidden)
+    again.click(refresh, None, [table, run, several], **ui.QUICK)
+    run.input(inspect, run, [status, pictures, config, files, asking], **ui.ACTION)
+    pack.click(download, run, files, **ui.ACTION)
+    delete.click(ask, run, [question, asking], **ui.ACTION)
+    keep.click(lambda: gr.Group(visible=False), None, asking, **ui.QUICK)
+    sure.click(remove, run, [table, run, several, asking], **ui.ACTION)
+    gr.on([several.input, curve.input], compare, [several, curve], [plot, curve], **ui.ACTION)
     page.on_load.append((refresh, [table, run, several]))
     _api(page)
 

@@ -16,7 +16,9 @@ import gradio as gr
 from app.generate import Cancelled, Models
 
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # events that share the one model, one after another
-QUICK = {"queue": False, "show_progress": "hidden"}  # looking, which never waits for the model
+ACTION = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # waits for nobody
+# What only looks is not even in the queue. It may not fail: out of the queue, Gradio shows no message.
+QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
