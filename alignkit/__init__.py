@@ -19,6 +19,7 @@ _HOME = {
     "save_lora": "artifacts",
     "build_reward": "rewards",
     "compose": "composed",
+    "read_settings": "pictures",
 }
 __all__ = ["__version__", "concepts", *_HOME]
 

@@ -162,16 +162,8 @@ class Base:
         return (latents - (config.shift_factor or 0)) * config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images of latents, float32, with gradient.
-
-        The clamp to [0, 1] is straight-through: it would cut the gradient of saturated pixels, and a model that has
-        learnt to saturate could never learn its way back.
-        """
-        config = self.vae.config
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
-        images = self.vae.decode(latents).sample.float() / 2 + 0.5
-        # The difference is exactly zero: the value is the clamped one to the last bit, and NaN stays NaN.
-        return images.clamp(0, 1).detach() + (images - images.detach())
+        """Images of latents, as `decode_latents` makes them."""
+        return decode_latents(self.vae, latents)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -204,6 +196,18 @@ class Base:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         parts = {name: getattr(self.pipe, name) for name in self.family.components}
         return self.family.pipeline(**parts, scheduler=scheduler, **options)
+
+
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] in [0, 1] of latents in the network's scale, float32, with gradient.
+
+    The clamp to [0, 1] is straight-through: it would cut the gradient of saturated pixels, and a model that has
+    learnt to saturate could never learn its way back.
+    """
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    images = vae.decode(latents).sample.float() / 2 + 0.5
+    # The difference is exactly zero: the value is the clamped one to the last bit, and NaN stays NaN.
+    return images.clamp(0, 1).detach() + (images - images.detach())
 
 
 def load_base(

@@ -31,6 +31,11 @@ def generate(
     prompt: str,
     model: str = "emoji",
     lora: Sequence[str] = (),
+    controlnet: str | None = None,
+    control_image: str | None = None,
+    concept: Sequence[str] = (),
+    alignit: bool = False,
+    truncation: int | None = None,
     negative_prompt: str = "",
     seed: int = 0,
     num_inference_steps: int = 25,
@@ -38,18 +43,29 @@ def generate(
     num_images_per_prompt: int = 1,
     height: int | None = None,
     width: int | None = None,
+    reward: str | None = None,
+    best_of: int = 1,
+    ascent_steps: int = 0,
+    reward_scale: float = 0.0,
+    refine: str | None = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output_dir: str = "outputs",
 ) -> list[Path]:
-    """Draw images; each PNG carries the settings that draw it again (`alignkit.cli.read_settings`).
+    """Draw images; each PNG carries the settings that draw it again (`alignkit.pictures.read_settings`).
 
-    Image i is drawn alone, from seed + i, so it does not depend on how many were asked for.
+    Image i is drawn alone, from seed + i, so it does not depend on how many were asked for. What goes together with
+    what: docs/pipelines.md.
 
     Args:
         prompt: What to draw.
         model: Base model: "emoji", a folder in diffusers format, or a name on the Hub.
-        lora: Folder or safetensors file of a LoRA, or LORA=WEIGHT.
+        lora: Folder or safetensors file of a LoRA, or LORA=WEIGHT, or NAME=LORA=WEIGHT.
+        controlnet: Folder or Hub name of a ControlNet.
+        control_image: Picture for the ControlNet, as it was trained to see it.
+        concept: Folder of training/neti.py or training/customize.py, whose phrase the prompt may hold.
+        alignit: Keep the concepts from the rest of the prompt.
+        truncation: Units of NeTI's mappers that are kept.
         negative_prompt: What to steer away from.
         seed: Seed of the first image.
         num_inference_steps: DDIM steps.
@@ -57,64 +73,74 @@ def generate(
         num_images_per_prompt: How many images, with consecutive seeds.
         height: Pixels; the model's own size unless given.
         width: Pixels; the model's own size unless given.
+        reward: What pictures are chosen or improved by: alignment, aesthetic, ... or package.module:Class.
+        best_of: Draw each image this often, with consecutive seeds, and keep the one of the highest reward.
+        ascent_steps: Steps of gradient ascent of the reward on the initial noise (ReNO); each costs some three images.
+        reward_scale: Strength of the reward's gradient at every step; 0.1 is much.
+        refine: Text-generation model, a folder or Hub name, that rewrites the prompt first.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the model.
         output_dir: Where the PNG files go.
     """
     import torch
+    from PIL import Image
 
+    from alignkit.artifacts import sha256
     from alignkit.base import load_base
+    from alignkit.composed import compose
+    from alignkit.pictures import write_png
+    from alignkit.refine import build_refiner, refined
+    from alignkit.rewards import build_reward
 
     if num_inference_steps < 1 or num_images_per_prompt < 1:
         raise ValueError(
             f"num_inference_steps and num_images_per_prompt are at least 1, got {num_inference_steps} and "
             f"{num_images_per_prompt}."
         )
+    settings = {name: value for name, value in locals().items() if name in inspect.signature(generate).parameters}
+    del settings["output_dir"], settings["num_images_per_prompt"], settings["refine"]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     base = load_base(model, device=device, dtype=getattr(torch, dtype))
     height, width = base.image_size(height, width)
+    loras = _named_loras(lora)
+    picture = None if control_image is None else Image.open(control_image).convert("RGB")
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    digests = _add_loras(base.network, lora)
-    settings = {
-        "prompt": prompt,
-        "model": model,
-        "lora": list(lora),
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "device": device,
-        "dtype": dtype,
+    composed = compose(pipe, loras=loras, controlnet=controlnet, concepts=list(concept), alignit=alignit)
+    judge = build_reward(reward) if reward else None
+    files = [file for path in (controlnet, *concept) if path for file in sorted(Path(path).rglob("*.safetensors"))]
+    notes: dict = {
+        "lora_sha256": {spec: sha256(_lora_file(path)) for spec, (path, _) in zip(lora, loras.values(), strict=True)},
+        "sha256": {str(file): sha256(file) for file in [*files, *([control_image] if control_image else [])]},
     }
+    if refine:
+        notes |= {"base_prompt": prompt, "refined_by": refine}
+        prompt = refined(build_refiner(refine), prompt, list(composed.concepts))
     base.check_prompts([prompt, negative_prompt])
+    settings |= {"prompt": prompt, "height": height, "width": width, "device": device, "lora": list(lora)}
+    settings |= {"concept": list(concept)}
     paths = []
-    for image_seed in range(seed, seed + num_images_per_prompt):
-        image = pipe(
+    for i in range(num_images_per_prompt):
+        drawn = composed(
             prompt,
+            control_image=picture,
+            truncation=truncation,
             negative_prompt=negative_prompt or None,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             height=height,
             width=width,
-            generator=torch.Generator().manual_seed(image_seed),
-        ).images[0]
-        paths.append(_write_png(image, settings | {"seed": image_seed}, digests, Path(output_dir)))
+            seed=seed + best_of * i,
+            reward=judge,
+            best_of=best_of,
+            ascent=ascent_steps,
+            reward_scale=reward_scale,
+        )
+        if judge is not None:
+            notes["chosen"] = {"seed": drawn.seeds[0], "reward": float(drawn.rewards[0])}
+        paths.append(write_png(drawn.images[0], settings | {"seed": seed + best_of * i}, output_dir, notes))
         print(paths[-1])
     return paths
-
-
-def read_settings(png: str | Path) -> dict:
-    """The settings in a PNG that `generate` wrote: `generate(**read_settings(png))` draws the image again."""
-    import json
-
-    from PIL import Image
-
-    with Image.open(png) as image:
-        if "alignkit" not in image.info:
-            raise ValueError(f"{png} carries no settings of alignkit: it was not written by `alignkit generate`.")
-        return json.loads(image.info["alignkit"])["settings"]
 
 
 def check_data(
@@ -259,19 +285,26 @@ def _documentation(command: Callable):
     return parse(command.__doc__)
 
 
-def _add_loras(network, specs: Sequence[str]) -> dict[str, str]:
-    """Load every LORA or LORA=WEIGHT; return the SHA-256 of each file by its spec."""
-    from alignkit.artifacts import LORA_WEIGHTS, load_lora, sha256
-
-    weights, digests = {}, {}
+def _named_loras(specs: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """Of LORA, LORA=WEIGHT, NAME=LORA=WEIGHT: (path, weight) by their names, lora_0, ... where they have none."""
+    loras: dict[str, tuple[Path, float]] = {}
     for i, spec in enumerate(specs):
         path, weight = _split_weight(spec)
-        load_lora(network, path, adapter_name=f"lora_{i}")
-        weights[f"lora_{i}"] = weight
-        digests[spec] = sha256(path / LORA_WEIGHTS if path.is_dir() else path)
-    if weights:
-        network.set_adapters(list(weights), list(weights.values()))
-    return digests
+        name, equals, rest = str(path).partition("=")
+        if equals and name.isidentifier() and not path.exists():
+            path = Path(rest)
+        else:
+            name = f"lora_{i}"
+        if name in loras:
+            raise ValueError(f"Two LoRAs are called {name!r}.")
+        loras[name] = (path, weight)
+    return loras
+
+
+def _lora_file(path: Path) -> Path:
+    from alignkit.artifacts import LORA_WEIGHTS
+
+    return path / LORA_WEIGHTS if path.is_dir() else path
 
 
 def _split_weight(spec: str) -> tuple[Path, float]:
@@ -282,29 +315,6 @@ def _split_weight(spec: str) -> tuple[Path, float]:
         return Path(path), float(weight)
     except ValueError:
         return Path(spec), 1.0
-
-
-def _write_png(image, settings: dict, digests: dict[str, str], folder: Path) -> Path:
-    import hashlib
-    import json
-    import re
-    from importlib.metadata import version
-
-    from PIL.PngImagePlugin import PngInfo
-
-    from alignkit.artifacts import atomic
-
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    record = {"settings": settings, "lora_sha256": digests, "versions": {"alignkit": __version__} | versions}
-    chunk = PngInfo()
-    chunk.add_text("alignkit", json.dumps(record))
-    # The hash keeps images of other settings apart; the same settings overwrite their own image.
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-    words = re.sub(r"\W+", "-", settings["prompt"].lower()).strip("-")[:60]
-    path = folder / f"{words}_seed{settings['seed']}_{digest}.png"
-    with atomic(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunk)
-    return path
 
 
 def _installed(name: str) -> str | None:

@@ -23,19 +23,25 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AutoPipelineForText2Image
-from torch import nn
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
 
 from alignkit import customized
 from alignkit.alignit import alignit as aligned
 from alignkit.base import Base, load_base
 from alignkit.concepts import Concepts
+from alignkit.concepts.text import substitute
 from alignkit.controlnet import check_fit, load_controlnet
+from alignkit.guidance import Ascent, Score, Wish, as_ascent, draw_best, generators
+from alignkit.refine import Refiner, build_refiner, refined
+from alignkit.rewards import RewardConfig, WeightedRewards, build_reward, combine
 
 Lora = str | Path | tuple[str | Path, float]
 
@@ -167,13 +173,13 @@ class Composed:
         self.concepts[phrase] = loaded
 
     def _load_controlnet(self, controlnet: Any) -> None:
+        several = isinstance(controlnet, (list, tuple))
+        nets = [self._one_controlnet(net) for net in (controlnet if several else [controlnet])]
         if type(self.base) not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values() or hasattr(self.base, "controlnet"):
             raise ValueError(
                 f"controlnet: expected a stock text-to-image pipeline to put it beside, got a "
                 f"{type(self.base).__name__}. One that has a ControlNet takes no other."
             )
-        several = isinstance(controlnet, (list, tuple))
-        nets = [self._one_controlnet(net) for net in (controlnet if several else [controlnet])]
         device = getattr(self.pipe, "_offload_device", None) if getattr(self.pipe, "_all_hooks", None) else None
         self.pipe = AutoPipelineForText2Image.from_pipe(self.pipe, controlnet=nets if several else nets[0])
         self.pipe.set_progress_bar_config(**getattr(self.base, "_progress_bar_config", {}))
@@ -191,7 +197,8 @@ class Composed:
                 f"controlnet: of a {type(self.base).__name__}, expected a loaded ControlNet, got {net!r}: load it by "
                 "its own class of diffusers."
             )
-        return load_controlnet(str(net), unet, self.base.vae_scale_factor).to(unet.dtype).requires_grad_(False).eval()
+        loaded = load_controlnet(str(net), unet, self.base.vae_scale_factor).requires_grad_(False).eval()
+        return loaded if unet.dtype == loaded.dtype else loaded.to(unet.dtype)
 
     def unload(self) -> Any:
         """Takes out again what was loaded; returns the pipeline, as it was."""
@@ -202,6 +209,16 @@ class Composed:
             base.text_encoder.resize_token_embeddings(self._vocabulary)
         self.__init__(base)
         return base
+
+    def follow(self, components: Mapping[str, Any], progress_bar_config: Mapping[str, Any]) -> None:
+        """Takes over what was replaced in the pipeline that it draws for: a scheduler, a VAE, a compiled U-Net."""
+        for pipe in {id(pipe): pipe for pipe in (self.pipe, self.base)}.values():
+            pipe.set_progress_bar_config(**progress_bar_config)
+        for name, part in components.items():
+            old = getattr(self.base, name)
+            for pipe in (self.pipe, self.base) if part is not old else ():
+                if getattr(pipe, name) is old:
+                    setattr(pipe, name, part)
 
     # What it does
 
@@ -214,22 +231,63 @@ class Composed:
         lora_scale: Mapping[str, float] | float | None = None,
         truncation: int | None = None,
         seed: int | None = None,
+        refine: Refiner | str | None = None,
+        reward: Any = None,
+        best_of: int = 1,
+        ascent: int | Mapping[str, Any] | Ascent = 0,
+        reward_scale: float = 0.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
         **options: Any,
-    ) -> Any:
-        """The output of the stock pipeline: `.images`.
+    ) -> "Drawn":
+        """The output of the stock pipeline, `.images`, with the prompts, seeds and rewards of what was drawn.
 
         control_image: for the ControlNet; a list for several.
         alignit: on, off, or on with these settings of `alignit.alignit`; as composed unless told.
         lora_scale: weights by the LoRAs' names, as composed where not told; a number is for all of them.
         truncation: units of NeTI's mappers that are kept: few are edited easily, all are most faithful.
         seed: image i is drawn from the noise of seed + i, on the CPU, so it does not depend on how many there are.
+        refine: rewrites each prompt first: a function, or a text-generation model (`refine.build_refiner`).
+        reward: what pictures are chosen or improved by: a name of `rewards.REWARDS`, a `Reward`, `WeightedRewards`, or
+            a list of `RewardConfig`s. It is told the class noun in a concept's place, and the prompt as it was asked.
+        best_of: draw each image this often, and return the one of the highest reward; image i is chosen among the seeds
+            seed + best_of i, ...
+        ascent: steps, or settings, of gradient ascent on the initial noise (`guidance.Ascent`).
+        reward_scale: strength of the reward's gradient at every step (`guidance.steered`): 0.1 is much.
+        columns: what the reward wants to know beside the prompts, a value a prompt.
         options: of the stock pipeline (negative_prompt, num_inference_steps, guidance_scale, callbacks, ...).
 
         Raises ValueError for what this pipeline has no part for. Warns where no concept is in the prompt.
         """
-        options |= self._control(control_image) | self._generators(seed, prompt, options)
+        asked, images = _listed(prompt, options), options.get("num_images_per_prompt") or 1
+        if seed is not None and options.get("generator") is not None:
+            raise ValueError("Pass a seed or a generator, not both.")
+        if reward is None and (best_of != 1 or ascent or reward_scale):
+            raise ValueError("best_of, ascent and reward_scale need a reward: pass reward=...")
+        if reward is not None:
+            reward = _built(reward).to(self.pipe._execution_device)
+            wish = Wish(self._score(reward, asked, images, columns), best_of, as_ascent(ascent), reward_scale)
+            wish.check(self.pipe, reward, options)
+        if refine is not None:
+            if prompt is None:
+                raise ValueError("refine rewrites prompts, and there is none: prompt_embeds are drawn as they are.")
+            refiner = build_refiner(refine)
+            texts = [refined(refiner, one, list(self.concepts)) for one in asked]
+            prompt = texts[0] if isinstance(prompt, str) else texts
+        options |= self._control(control_image)
+        drawn: dict[str, Any] = {"prompts": [one for one in _listed(prompt, options) for _ in range(images)]}
         with self.applied(alignit=alignit, lora_scale=lora_scale, truncation=truncation) as pipe:
-            return pipe(prompt, **options)
+            if reward is not None:
+                first = int(torch.randint(2**31, ())) if seed is None else seed
+                output_type = options.pop("output_type", "pil")
+                pictures, drawn["seeds"], drawn["rewards"] = draw_best(
+                    pipe, prompt, first, images * len(asked), wish, options
+                )
+                return Drawn(_converted(pipe, pictures, output_type), **drawn)
+            if seed is not None:
+                drawn["seeds"] = [seed + i for i in range(images * len(asked))]
+                options["generator"] = generators(drawn["seeds"])
+            output = pipe(prompt, **options)
+        return output if options.get("return_dict") is False else Drawn(**output, **drawn)
 
     @contextmanager
     def applied(
@@ -249,7 +307,7 @@ class Composed:
         with ExitStack() as stack:
             stack.enter_context(self._weights(scales))
             if alignit:
-                settings = dict(alignit) if isinstance(alignit, Mapping) else {}
+                settings = next((dict(s) for s in (alignit, self.alignit) if isinstance(s, Mapping)), {})
                 base = None if self._customizer is None else self._customizer.base
                 found = [concept.concept for concept in self.concepts.values()]
                 stack.enter_context(
@@ -267,6 +325,12 @@ class Composed:
     def _weights(self, scales: dict[str, float]) -> Iterator[None]:
         """Inside, styles and customiser are in the networks."""
         scales = scales | dict.fromkeys(self._customizer_adapters, 1.0)
+        unknown = sorted({name for names in _adapters(self.base).values() for name in names} - set(scales))
+        if unknown:
+            raise ValueError(
+                f"The adapter {unknown[0]!r} was loaded into this pipeline after it was composed: compose it with the "
+                "others, as one of the loras."
+            )
         scales = {name: scale for name, scale in scales.items() if scale}
         with ExitStack() as stack:
             if scales:
@@ -316,15 +380,53 @@ class Composed:
         known = inspect.signature(type(self.pipe).__call__).parameters
         return {"control_image" if "control_image" in known else "image": control_image}
 
-    def _generators(self, seed: int | None, prompt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-        if seed is None:
-            return {}
-        if options.get("generator") is not None:
-            raise ValueError("Pass a seed or a generator, not both.")
-        embeds = options.get("prompt_embeds")
-        number = len(embeds) if prompt is None and embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
-        number *= options.get("num_images_per_prompt") or 1
-        return {"generator": [torch.Generator().manual_seed(seed + i) for i in range(number)]}
+    def _score(
+        self, reward: nn.Module, asked: list[str], images: int, columns: Mapping[str, Sequence[Any]] | None
+    ) -> Score:
+        """Images -> [B], by the prompts as they were asked, in words that a judge knows."""
+        nouns = {phrase: concept.concept.noun for phrase, concept in self.concepts.items()}
+        prompts = [substitute(one, nouns) for one in asked for _ in range(images)]
+        repeated = {name: [v for v in values for _ in range(images)] for name, values in (columns or {}).items()}
+        if isinstance(reward, WeightedRewards):
+            return lambda pictures: -reward(pictures, prompts, **repeated).loss
+        return lambda pictures: reward(pictures, prompts, **repeated)
+
+
+@dataclass
+class Drawn(BaseOutput):
+    """What a call of `Composed` returns.
+
+    images: as the stock pipeline has them. prompts: as they were drawn, one an image. seeds, rewards [B]: of the images
+    that are returned, where there are any.
+    """
+
+    images: Any
+    nsfw_content_detected: list[bool] | None = None
+    prompts: list[str] | None = None
+    seeds: list[int] | None = None
+    rewards: Tensor | None = None
+
+
+def _built(reward: Any) -> nn.Module:
+    if isinstance(reward, nn.Module):
+        return reward
+    if isinstance(reward, str):
+        return build_reward(reward)
+    return combine([config if isinstance(config, RewardConfig) else RewardConfig(**config) for config in reward])
+
+
+def _converted(pipe: Any, images: Tensor, output_type: str) -> Any:
+    """As the pipeline's own output is."""
+    if output_type == "pt":
+        return images
+    images = pipe.image_processor.pt_to_numpy(images)
+    return images if output_type == "np" else pipe.image_processor.numpy_to_pil(images)
+
+
+def _listed(prompt: Any, options: Mapping[str, Any]) -> list[str]:
+    if prompt is None:
+        return [""] * len(options.get("prompt_embeds", ()))
+    return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
 def _adapters(pipe: Any) -> dict[str, list[str]]:

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
 from alignkit.attention import projection_pairs, text_layers
 from alignkit.base import load_base
 from alignkit.customized import cross_attention, load_custom_diffusion, save_custom_diffusion
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_sdxl
 
 KINDS = (
     "textual_inversion", "two_vectors", "p_plus", "neti", "lora", "text_lora", "custom_diffusion", "dreambooth",
@@ -527,28 +526,7 @@ def test_values_of_other_words(tiny_model):
 
 @pytest.fixture
 def sdxl(tiny_model) -> StableDiffusionXLPipeline:
-    """Both text encoders, pooled text and time ids."""
-    tiny = new_pipe(tiny_model, torch.float32)
-
-    def config(width: int) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            vocab_size=len(tiny.tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=3,
-            num_attention_heads=2, max_position_embeddings=40, projection_dim=10, eos_token_id=2,
-        )  # fmt: skip
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), cross_attention_dim=20, addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 10,
-    )  # fmt: skip
-    pipe = StableDiffusionXLPipeline(
-        vae=tiny.vae, unet=unet, scheduler=tiny.scheduler, tokenizer=tiny.tokenizer, tokenizer_2=tiny.tokenizer,
-        text_encoder=CLIPTextModel(config(8)).eval(), text_encoder_2=CLIPTextModelWithProjection(config(12)).eval(),
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_sdxl(new_pipe(tiny_model, torch.float32))
 
 
 def test_sdxl(sdxl):

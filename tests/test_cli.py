@@ -9,6 +9,7 @@ from PIL import Image
 
 from alignkit import artifacts, cli
 from alignkit.base import add_lora, load_base
+from alignkit.pictures import read_settings
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def generate(model, *options, prompt="a cat"):
     cli.main(
         ["generate", "--model", f"{model}/model", "--prompt", prompt, "--output_dir", str(folder), *size, *options]
     )
-    images = {cli.read_settings(path)["seed"]: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
+    images = {read_settings(path)["seed"]: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
     for path in folder.iterdir():
         path.unlink()
     return images
@@ -49,7 +50,7 @@ def test_images_carry_the_settings_that_draw_them_again(model, tmp_path, capsys)
     printed = capsys.readouterr().out.split()
     paths = sorted((tmp_path / "first").iterdir())
     assert printed == [str(path) for path in paths]
-    assert [cli.read_settings(path)["seed"] for path in paths] == [7, 8]
+    assert [read_settings(path)["seed"] for path in paths] == [7, 8]
     for path in paths:
         with Image.open(path) as image:
             assert image.size == (48, 32)
@@ -59,7 +60,7 @@ def test_images_carry_the_settings_that_draw_them_again(model, tmp_path, capsys)
         digest = artifacts.sha256(model / "lora1/pytorch_lora_weights.safetensors")
         assert record["lora_sha256"][f"{model}/lora1=0.5"] == digest
         assert record["versions"]["torch"] == importlib.metadata.version("torch")
-        (again,) = cli.generate(**cli.read_settings(path), output_dir=str(tmp_path / "again"))
+        (again,) = cli.generate(**read_settings(path), output_dir=str(tmp_path / "again"))
         assert again.name == path.name
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
 
@@ -134,7 +135,7 @@ def test_a_lora_that_does_not_fit_is_refused(model):
 def test_a_png_of_somebody_else(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="carries no settings"):
-        cli.read_settings(tmp_path / "a.png")
+        read_settings(tmp_path / "a.png")
 
 
 def test_commands_can_be_registered_and_grouped(monkeypatch):

@@ -1,21 +1,32 @@
-"""What `compose` puts together equals each part's own way of use, to the last bit, and leaves the pipeline as it was."""
+"""Parts put together by `compose` equal their own ways of use to the last bit, and leave the pipeline as it was."""
 
-import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+from torch import nn
 
 import alignkit
 from alignkit import concepts, customized
+from alignkit.alignit import alignit
 from alignkit.artifacts import load_lora, save_lora
 from alignkit.base import add_lora, load_base
 from alignkit.controlnet import save_controlnet
 from alignkit.customized import fingerprint, save_concept, save_custom_diffusion, save_embeddings
-from tests.tiny import save_tiny_model
+from tests.test_alignit import recorded, rows_of
+from tests.test_attention import hooks_and_processors
+from tests.tiny import save_tiny_model, tiny_sdxl
+from tests.toy_rewards import Red
 
-PROMPT = "a <t> dog and a hat"  # a byte a token
 STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
 
 
@@ -48,7 +59,8 @@ def model(tmp_path_factory):
     unet = copy.deepcopy(pipe.unet)
     shake((p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n), seed=5)
     save_custom_diffusion(folder / "custom_diffusion", unet)
-    save_embeddings(folder / "custom_diffusion", {"<t>": torch.randn(1, 16, generator=torch.Generator().manual_seed(1))})
+    row = torch.randn(1, 16, generator=torch.Generator().manual_seed(1))
+    save_embeddings(folder / "custom_diffusion", {"<t>": row})
     save_concept(folder / "custom_diffusion", method="custom_diffusion", **told | {"phrase": "<t> dog"})
 
     shake(unet.parameters(), 0.1, seed=6)
@@ -154,3 +166,312 @@ def test_one_concept(kind, alignit, new_pipe, model):
     assert torch.equal(composed(prompt, seed=0, **STEPS).images, expected)
     composed = alignkit.compose(new_pipe(), concepts=[model / kind])
     assert torch.equal(composed(prompt, seed=0, alignit=alignit, **STEPS).images, expected)
+
+
+def test_truncation(new_pipe, model):
+    prompt, learned = "a <n> and a hat", concepts.load(model / "neti")
+    pipe = new_pipe()
+    with learned.applied(pipe, truncation=3):
+        expected = draw(pipe, prompt)
+    composed = alignkit.compose(new_pipe(), concepts=[model / "neti"])
+    assert torch.equal(composed(prompt, seed=0, truncation=3, **STEPS).images, expected)
+    full, cut = (composed(prompt, seed=0, truncation=n, alignit=True, **STEPS).images for n in (None, 3))
+    whole = composed(prompt, seed=0, truncation=128, alignit=True, **STEPS).images
+    assert torch.equal(full, whole) and not torch.equal(full, cut)
+
+
+def test_sdxl(new_pipe, tmp_path):
+    sdxl = tiny_sdxl(new_pipe())
+    settings = STEPS | {"height": 16, "width": 16}
+    learned = concepts.create("textual_inversion", sdxl, "<x>", "dog")
+    shake(learned.module.parameters())
+    learned.save(tmp_path / "concept")
+    net = ControlNetModel.from_unet(sdxl.unet, conditioning_embedding_out_channels=(4, 8))
+    shake(net.parameters(), 0.1)
+    styled = copy.deepcopy(sdxl.unet)
+    add_lora(styled, 2, 2, ["to_q"])
+    shake(p for n, p in styled.named_parameters() if ".lora_B." in n)
+    save_lora(tmp_path / "style", styled)
+
+    pipe = StableDiffusionXLControlNetPipeline(**sdxl.components, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    load_lora(sdxl, tmp_path / "style")
+    generator = [torch.Generator().manual_seed(0)]
+    with alignit(pipe, learned_of(tmp_path / "concept")):
+        expected = pipe("a <x> and a hat", generator=generator, image=control(), **settings).images
+    sdxl.unload_lora_weights()
+    composed = alignkit.compose(
+        sdxl, loras={"style": tmp_path / "style"}, controlnet=net, concepts=[tmp_path / "concept"], alignit=True
+    )
+    assert torch.equal(composed("a <x> and a hat", control_image=control(), seed=0, **settings).images, expected)
+
+
+def learned_of(path):
+    return concepts.load(path).concepts
+
+
+# Together
+
+
+def test_all_of_them(new_pipe, model):
+    """The parts' own ways of use, one within the other."""
+    pipe = new_pipe()
+    pipe.load_lora_weights(model / "style", adapter_name="style")
+    pipe.load_lora_weights(model / "other", adapter_name="other")
+    pipe.set_adapters(["style", "other"], [0.7, 1.0])
+    pipe = with_controlnet(pipe, model)
+    names = ["style", "other"]
+    with alignit(pipe, learned_of(model / "neti") + learned_of(model / "p_plus"), base_adapters=names):
+        expected = draw(pipe, "a <n> and a <p>", image=control(), negative_prompt="a hat")
+    composed = alignkit.compose(
+        new_pipe(),
+        loras={name: model / name for name in names},
+        controlnet=model / "controlnet",
+        concepts=[model / "neti", model / "p_plus"],
+    )
+    for _ in range(2):
+        got = composed(
+            "a <n> and a <p>", control_image=control(), alignit=True, lora_scale={"style": 0.7}, seed=0,
+            negative_prompt="a hat", **STEPS,
+        ).images  # fmt: skip
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["neti", "lora", "custom_diffusion", "dreambooth"])
+def test_a_style_is_part_of_what_alignit_keeps(kind, new_pipe, model):
+    """Keys and values: everybody else's are those of the base with the style, the concept's the customised model's."""
+    phrase, prompt, plain = PHRASES[kind], f"a {PHRASES[kind]} and a hat", "a dog and a hat"
+    composed = alignkit.compose(new_pipe(), loras={"style": model / "style"}, concepts=[model / kind])
+    unet = composed.pipe.unet
+    with composed.applied(alignit=True) as pipe, recorded(unet) as ours:
+        draw(pipe, prompt)
+    with composed.applied() as pipe, recorded(unet) as custom:
+        draw(pipe, f"a photo of {phrase}")
+    styled = alignkit.compose(new_pipe(), loras={"style": model / "style"})
+    with styled.applied() as pipe, recorded(pipe.unet) as base:
+        draw(pipe, plain)
+    noun = rows_of(styled.pipe, plain, "dog")
+    if kind == "neti":
+        rows = slice(1 + len("aphotoof"), 2 + len("aphotoof"))  # a byte a token
+    else:
+        with composed.applied() as pipe:
+            rows = rows_of(pipe, f"a photo of {phrase}", phrase)
+    n = rows.stop - rows.start
+    for name, got in ours.items():
+        assert torch.equal(got[0], base[name][0]), "negative prompt"
+        assert torch.equal(got[1, : noun.start], base[name][1, : noun.start])
+        assert torch.equal(got[1, noun.start : noun.start + n], custom[name][1, rows])
+        behind = 40 - noun.start - max(n, noun.stop - noun.start)
+        assert torch.equal(got[1, noun.start + n :][:behind], base[name][1, noun.stop :][:behind])
+
+
+def test_a_customiser_beside_learned_concepts(new_pipe, model):
+    pipe = new_pipe()
+    load_lora(pipe, model / "lora")
+    with concepts.load(model / "neti").applied(pipe):
+        expected = draw(pipe, "a qx dog and a <n>")
+    composed = alignkit.compose(new_pipe(), concepts=[model / "lora", model / "neti"])
+    assert torch.equal(composed("a qx dog and a <n>", seed=0, **STEPS).images, expected)
+    with pytest.raises(ValueError, match="goes with no other concept"):
+        composed("a qx dog and a <n>", alignit=True, **STEPS)
+
+
+def test_alignit_takes_settings_and_only_warns_of_an_absent_concept(new_pipe, model):
+    composed = alignkit.compose(new_pipe(), concepts=[model / "neti", model / "p_plus"], alignit={"strength": 0.0})
+    with pytest.warns(UserWarning, match="No concept in"):
+        assert torch.equal(composed("a dog", seed=0, **STEPS).images, draw(new_pipe()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing = composed("a <n> and a hat", seed=0, **STEPS).images
+        infused = composed("a <n> and a hat", seed=0, alignit={"strength": 1.0}, **STEPS).images
+    assert not torch.equal(nothing, infused)
+
+
+# The pipeline is left as it was
+
+
+def state(pipe):
+    adapters = [
+        (name, module.disable_adapters) for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A")
+    ]
+    replaced = {"encode_prompt", "prepare_latents", "step"} & {*vars(pipe), *vars(pipe.scheduler)}
+    return hooks_and_processors(pipe.unet), adapters, pipe.tokenizer, replaced
+
+
+@pytest.mark.parametrize("kind", PHRASES)
+def test_it_leaves_no_trace(kind, new_pipe, model):
+    pipe, prompt = new_pipe(), f"a {PHRASES[kind]} and a hat"
+    plain = [draw(pipe, prompt), draw(pipe)]
+    weights = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
+    composed = alignkit.compose(
+        pipe, loras={"style": model / "style"}, controlnet=model / "controlnet", concepts=[model / kind]
+    )
+    before = [state(p) for p in (pipe, composed.pipe)]
+
+    def stop(pipe, i, t, tensors):
+        raise KeyboardInterrupt
+
+    for settings in (
+        {},
+        {"alignit": True},
+        {"callback_on_step_end": stop},
+        {"alignit": True, "callback_on_step_end": stop},
+    ):
+        try:
+            composed(prompt, control_image=control(), **STEPS | settings)
+        except KeyboardInterrupt:
+            assert "callback_on_step_end" in settings
+        assert [state(p) for p in (pipe, composed.pipe)] == before
+        assert torch.equal(draw(pipe, prompt), plain[0])
+    assert composed.unload() is pipe
+    assert torch.equal(draw(pipe, prompt), plain[0]) and torch.equal(draw(pipe), plain[1])
+    now = pipe.unet.state_dict()
+    assert now.keys() == weights.keys() and all(torch.equal(now[name], p) for name, p in weights.items())
+    assert pipe.text_encoder.get_input_embeddings().num_embeddings == len(pipe.tokenizer)
+    alignkit.compose(pipe, concepts=[model / kind])
+
+
+def test_a_failed_compose_leaves_no_trace(new_pipe, model):
+    pipe = new_pipe()
+    before, plain = state(pipe), draw(pipe)
+    for parts in (
+        {"loras": {"style": model / "style", "nothing": model / "nothing"}},
+        {"concepts": [model / "lora", model / "custom_diffusion"]},
+        {"concepts": [model / "custom_diffusion"], "controlnet": str(model / "nothing")},
+    ):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            alignkit.compose(pipe, **parts)
+        assert state(pipe) == before and torch.equal(draw(pipe), plain)
+        assert pipe.text_encoder.get_input_embeddings().num_embeddings == len(pipe.tokenizer)
+
+
+def test_another_scheduler_and_callbacks(new_pipe, model):
+    pipe, seen = new_pipe(), []
+    composed = alignkit.compose(new_pipe(), concepts=[model / "neti"])
+    for one in (pipe, composed.pipe):
+        one.scheduler = EulerDiscreteScheduler.from_config(one.scheduler.config)
+    with concepts.load(model / "neti").applied(pipe):
+        expected = draw(pipe, "a <n>", num_images_per_prompt=1)
+    got = composed("a <n>", seed=0, callback_on_step_end=lambda p, i, t, k: seen.append(i) or k, **STEPS).images
+    assert torch.equal(got, expected) and seen == [0, 1]
+
+
+# What does not go together
+
+
+def test_refusals(new_pipe, model, tmp_path):
+    def refuse(match, *, call=None, **parts):
+        with pytest.raises(ValueError, match=match):
+            composed = alignkit.compose(new_pipe(), **parts)
+            composed("a <n>", **STEPS | (call or {}))
+
+    refuse("both|changes weights", concepts=[model / "lora", model / "dreambooth"])
+    refuse("changes weights, as 'qx dog' does", concepts=[model / "lora", model / "custom_diffusion"])
+    refuse("Two concepts are called '<n>'", concepts=[model / "neti", model / "neti"])
+    refuse("control_image needs a ControlNet", call={"control_image": control()})
+    refuse("pass control_image", controlnet=model / "controlnet")
+    refuse("compose with concepts", alignit=True)
+    refuse("compose with concepts", call={"alignit": True})
+    refuse("no concept to truncate", call={"truncation": 3})
+    refuse("no mapper to truncate", concepts=[model / "p_plus"], call={"truncation": 3, "alignit": True})
+    refuse("names of the LoRAs that are loaded \\(style\\), got 'stile'",
+           loras={"style": model / "style"}, call={"lora_scale": {"stile": 1.0}})  # fmt: skip
+    refuse("letters, digits and _", loras={"my.style": model / "style"})
+    refuse("letters, digits and _", loras={"default": model / "style"}, concepts=[model / "lora"])
+    refuse("a seed or a generator", call={"seed": 1, "generator": torch.Generator()})
+    refuse("does not say what its concept is called", concepts=[model / "style"])
+
+    with pytest.raises(TypeError, match="expected a list"):
+        alignkit.compose(new_pipe(), concepts=str(model / "neti"))
+    pipe = new_pipe()
+    load_lora(pipe, model / "style")
+    with pytest.raises(ValueError, match="has the adapter 'default' already"):
+        alignkit.compose(pipe)
+    img2img = StableDiffusionImg2ImgPipeline(**new_pipe().components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="stock text-to-image pipeline"):
+        alignkit.compose(img2img, controlnet=model / "controlnet")
+
+
+def test_parts_of_another_family(new_pipe, model):
+    sdxl = tiny_sdxl(new_pipe())
+    for kind in ("neti", "textual_inversion"):
+        with pytest.raises(ValueError, match="another base model"):
+            alignkit.compose(sdxl, concepts=[model / kind])
+    with pytest.raises(ValueError, match="another base model"):
+        alignkit.compose(sdxl, concepts=[model / "lora"])
+    with pytest.raises(ValueError, match="does not fit this base model"):
+        alignkit.compose(sdxl, loras={"style": model / "style"})
+    for net in (model / "controlnet", ControlNetModel.from_pretrained(model / "controlnet")):
+        with pytest.raises(ValueError, match="ControlNet of another base"):
+            alignkit.compose(sdxl, controlnet=net)
+
+
+def test_joint_attention(model):
+    class Joint:
+        transformer = nn.Linear(1, 1)
+        components = {"transformer": transformer}
+
+    for parts in ({"concepts": [model / "neti"]}, {"alignit": True}):
+        with pytest.raises(ValueError, match="mixes text and image in joint attention"):
+            alignkit.compose(Joint(), **parts)
+    with pytest.raises(ValueError, match="load it by its own class"):
+        alignkit.compose(Joint(), controlnet="somebody/controlnet")
+
+
+# Chosen and refined
+
+
+def test_the_best_of_several(new_pipe):
+    composed, settings = alignkit.compose(new_pipe()), STEPS | {"output_type": "pt"}
+    drawn = composed(["a dog", "a hat"], seed=3, reward=Red(), best_of=3, num_images_per_prompt=2, **settings)
+    alone = [
+        composed(p, seed=s, reward=Red(), **settings)
+        for p, s in zip(["a dog"] * 6 + ["a hat"] * 6, range(3, 15), strict=True)
+    ]
+    for i in range(4):
+        three = alone[3 * i : 3 * i + 3]
+        best = max(three, key=lambda one: one.rewards[0])
+        assert drawn.seeds[i] == best.seeds[0]
+        assert torch.allclose(drawn.images[i], best.images[0], atol=1e-5)  # in a batch of four, and alone
+    assert drawn.prompts == ["a dog", "a dog", "a hat", "a hat"]
+    again = composed("a dog", seed=drawn.seeds[0], **settings | {"output_type": "pil"}).images[0]
+    chosen = composed("a dog", seed=3, reward=Red(), best_of=3, **settings | {"output_type": "pil"}).images[0]
+    assert again.tobytes() == chosen.tobytes()
+
+
+def test_a_reward_hears_what_was_asked_in_words_it_knows(new_pipe, model):
+    heard = []
+
+    class Listener(Red):
+        def score(self, images, prompts, **columns):
+            heard.append((list(prompts), columns))
+            return super().score(images, prompts)
+
+    composed = alignkit.compose(new_pipe(), concepts=[model / "neti"])
+    settings = STEPS | {"output_type": "pt"}
+    composed("a <n> hat", refine=lambda p: f"red {p}", reward=Listener(), columns={"count": [3]}, seed=0, **settings)
+    assert heard == [(["a dog hat"], {"count": [3]})]
+    drawn = composed(["a <n> hat"], refine=lambda prompt: f"red {prompt}", seed=0, **settings)
+    assert drawn.prompts == ["red a <n> hat"]
+    assert torch.equal(drawn.images, composed("red a <n> hat", seed=0, **settings).images)
+    with pytest.raises(ValueError, match="has lost the concept '<n>'"):
+        composed("a <n> hat", refine=lambda prompt: "a hat", **settings)
+
+
+class Flat(Red):
+    differentiable = False
+
+
+def test_rewards_that_cannot_be_followed(new_pipe):
+    composed = alignkit.compose(new_pipe())
+    for settings, message in (
+        ({"best_of": 2}, "need a reward"),
+        ({"ascent": 2}, "need a reward"),
+        ({"reward": Red(), "ascent": 2, "reward_scale": 0.1}, "two ways"),
+        ({"reward": Red(), "best_of": 0}, "at least 1"),
+        ({"reward": Red(), "generator": torch.Generator()}, "pass a seed"),
+        ({"reward": Flat(), "reward_scale": 0.1}, "no gradient to follow"),
+        ({"reward": Red(), "output_type": "latent"}, "sees images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            composed("a dog", **{**STEPS, "output_type": "pt", **settings})

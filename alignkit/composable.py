@@ -1,0 +1,111 @@
+"""What makes a stock pipeline class one with `compose`'s parts in its constructor and in its call: pipelines/*.py."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from alignkit.artifacts import LORA_WEIGHTS
+from alignkit.composed import Composed, Lora, compose
+from alignkit.concepts import EMBEDS_FILE, MAPPER_FILE
+from alignkit.customized import CONCEPT, CUSTOM_DIFFUSION_WEIGHTS
+
+CONCEPT_PARTS = (CONCEPT, "config.json", MAPPER_FILE, EMBEDS_FILE, LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS,
+                 "unet", "text_encoder")  # fmt: skip
+
+
+class Composable:
+    """Stands before a stock pipeline class among a class's parents.
+
+    The class's constructor calls `_compose` last. It registers what it is given in the pipeline's config, so that
+    `save_pretrained` can lay the files beside the model and `from_pretrained` finds them there.
+    """
+
+    composed: Composed
+
+    def _stock(self) -> DiffusionPipeline:
+        """The stock pipeline over this one's modules."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _stock().")
+
+    def _compose(
+        self,
+        controlnet: Any,
+        loras: Mapping[str, Lora] | None,
+        concepts: Sequence[Any] | Mapping[str, Any] | None,
+    ) -> None:
+        """loras and concepts as of `compose`, or as they stand in a saved pipeline's config."""
+        loras = {name: lora if isinstance(lora, (tuple, list)) else (lora, 1.0) for name, lora in (loras or {}).items()}
+        concepts = list(concepts.values() if isinstance(concepts, Mapping) else concepts or [])
+        given = [dict(concept) if isinstance(concept, Mapping) else {"path": concept} for concept in concepts]
+        home = self._home()
+        loras = {name: (str(_found(path, home)), float(weight)) for name, (path, weight) in loras.items()}
+        given = [concept | {"path": str(_found(concept["path"], home))} for concept in given]
+        self.composed = compose(self._stock(), loras=loras, controlnet=controlnet, concepts=given)
+        # dicts, since diffusers takes lists in this file for components
+        self.register_to_config(loras=loras, concepts={str(i): concept for i, concept in enumerate(given)})
+
+    def _home(self) -> Path | None:
+        """The folder that this pipeline is loaded from, which only its modules know while it is made."""
+        for part in (self.vae, self.unet):
+            folder = Path(part.config.get("_name_or_path") or "").parent
+            if (folder / "model_index.json").is_file():
+                return folder
+        return None
+
+    def __call__(self, prompt: str | Sequence[str] | None = None, **options: Any) -> Any:
+        """As of `Composed`."""
+        own = {name: part for name, part in self.components.items() if name != "controlnet"}
+        self.composed.follow(own, getattr(self, "_progress_bar_config", {}))
+        try:
+            return self.composed(prompt, **options)
+        finally:
+            self.maybe_free_model_hooks()
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Saves base, ControlNet, LoRAs and concepts; `from_pretrained` of the folder draws the same.
+
+        Stock pipelines read the base from it, as they would from any folder. ValueError as of `compose` when a file
+        that was loaded is not there any more.
+        """
+        folder, loras, concepts = Path(save_directory), self.config["loras"], self.config["concepts"]
+        for name, (path, _) in loras.items():
+            file = Path(path) / LORA_WEIGHTS if Path(path).is_dir() else Path(path)
+            _copy(file, folder / "loras" / name / LORA_WEIGHTS)
+        for number, concept in concepts.items():
+            path, target = Path(concept["path"]), folder / "concepts" / number
+            if path.is_dir():
+                for part in CONCEPT_PARTS:
+                    _copy(path / part, target / part)
+            else:
+                _copy(path, target / path.name)
+        saved = {
+            "loras": {name: [f"loras/{name}", weight] for name, (_, weight) in loras.items()},
+            "concepts": {
+                number: concept
+                | {"path": f"concepts/{number}" + ("" if (path := Path(concept["path"])).is_dir() else f"/{path.name}")}
+                for number, concept in concepts.items()
+            },
+        }
+        controlnet = self.controlnet
+        self.composed.unload()  # a network with adapters in it cannot be saved
+        try:
+            self.register_to_config(**saved)
+            super().save_pretrained(save_directory, **options)
+        finally:
+            self._compose(controlnet, loras, concepts)
+
+
+def _found(path: str | Path, home: Path | None) -> Path:
+    return home / path if home is not None and (home / path).exists() else Path(path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists() or (target.exists() and source.samefile(target)):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
