@@ -29,8 +29,12 @@ THEME = gr.themes.Default(
     block_label_text_color_dark="*neutral_200",
 )
 CSS = """
-.pixels img { image-rendering: pixelated; width: 100%; }
-footer { display: none !important; }
+.pixels img {
+    image-rendering: pixelated;
+    width: 100% !important;
+    height: 100% !important;
+    object-fit: contain !important;
+}
 """
 
 

@@ -47,7 +47,7 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
                 go = gr.Button("Draw the grid", variant="primary", min_width=120, elem_id="grid")
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            picture = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid_image")
+            picture = gr.Image(label="Grid", format="png", interactive=False, buttons=ui.BUTTONS, elem_id="grid_image")
             status = gr.Markdown("", min_height=60)
 
     @ui.said
@@ -90,7 +90,13 @@ def _attention(page: ui.Page) -> gr.Dropdown:
         with gr.Column(scale=3, min_width=300):
             status = gr.Markdown("", min_height=60)
             maps = gr.Gallery(
-                label="Words", columns=3, format="png", height="auto", elem_classes="pixels", elem_id="attention_maps"
+                label="Words",
+                columns=3,
+                format="png",
+                height="auto",
+                buttons=ui.BUTTONS,
+                elem_classes="pixels",
+                elem_id="attention_maps",
             )
 
     @ui.said
@@ -126,7 +132,9 @@ def _reward(page: ui.Page) -> None:
                 go = gr.Button("Look", variant="primary", min_width=120)
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            found = gr.Image(label="Map", format="png", interactive=False, elem_classes="pixels")
+            found = gr.Image(
+                label="Map", format="png", interactive=False, height=320, buttons=ui.BUTTONS, elem_classes="pixels"
+            )
             status = gr.Markdown("", min_height=60)
 
     @ui.said

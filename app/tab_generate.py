@@ -25,7 +25,14 @@ def build(page: ui.Page) -> None:
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                options = {"interactive": False, "format": "png", "elem_classes": "pixels", "min_width": 140}
+                options = {
+                    "interactive": False,
+                    "format": "png",
+                    "elem_classes": "pixels",
+                    "min_width": 140,
+                    "height": 270,
+                }
+                options |= {"buttons": ui.BUTTONS}
                 before = gr.Image(label="Base", elem_id="base_image", **options)
                 after = gr.Image(label="Tuned", elem_id="tuned_image", **options)
             status = gr.Markdown("", elem_id="generate_status", min_height=60)
@@ -57,7 +64,7 @@ def build(page: ui.Page) -> None:
                         layers=False, transforms=(),
                     )  # fmt: skip
             preview = gr.Button("Preview what the ControlNet will see")
-            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png")
+            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS)
         with gr.Column(min_width=300), gr.Accordion("More", open=False):
             negative = gr.Textbox("", label="Negative prompt")
             steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")

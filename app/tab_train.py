@@ -72,7 +72,7 @@ def _build(page: ui.Page, method: str) -> None:
             plot = gr.LinePlot(x="step", y="value", height=260, elem_id=f"{method}_plot", x_title="step", y_title=" ")
             pictures = gr.Gallery(
                 label="Pictures on the way, the newest first", columns=2, height="auto", elem_classes="pixels",
-                elem_id=f"{method}_pictures", interactive=False,
+                elem_id=f"{method}_pictures", interactive=False, buttons=ui.BUTTONS,
             )  # fmt: skip
             with gr.Accordion("What the trainer says", open=False):
                 log = gr.Textbox(lines=12, max_lines=12, show_label=False, container=False, interactive=False)

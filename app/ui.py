@@ -15,6 +15,7 @@ import gradio as gr
 
 from app.generate import Cancelled, Models
 
+BUTTONS = ["download", "fullscreen"]  # of pictures; Gradio's third one would share them with the world
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # events that share the one model, one after another
 ACTION = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # waits for nobody
 # What only looks is not even in the queue. It may not fail: out of the queue, Gradio shows no message.
