@@ -44,7 +44,7 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
             guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
             seed = gr.Number(0, label="Seed", precision=0)
             with gr.Row():
-                go = gr.Button("Draw the grid", variant="primary", min_width=120, elem_id="grid")
+                go = gr.Button("Draw", variant="primary", min_width=120, elem_id="grid")
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
             picture = gr.Image(label="Grid", format="png", interactive=False, buttons=ui.BUTTONS, elem_id="grid_image")
