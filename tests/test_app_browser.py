@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from playwright import sync_api
 
 from app import generate
 from tests.app_server import make_world, serving
@@ -26,9 +27,6 @@ WAIT = 60_000  # milliseconds; a busy machine is slow, and what waits goes on as
 
 if CHROMIUM is None and not os.environ.get("CI"):
     pytest.skip("there is no chromium on this machine: apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api") if not os.environ.get("CI") else None
-if sync_api is None:
-    from playwright import sync_api
 expect = sync_api.expect
 
 
