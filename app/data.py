@@ -65,10 +65,8 @@ def check(path: Path, resolution: int) -> list[str]:
     """What the trainers' own checks say of a set of pictures."""
     if (path / METADATA).is_file():
         rows, findings = check_folder(path)
-        return [
-            f"{len(rows)} pictures with a caption.",
-            *(f"{f.path}: {f.why}" for f in findings if f.state == "error"),
-        ]
+        wrong = [f"{Path(finding.path).name}: {finding.why}" for finding in findings if finding.state == "error"]
+        return [f"{len(rows)} pictures with a caption.", *wrong]
     return check_concept(path, resolution)
 
 

@@ -29,8 +29,12 @@ THEME = gr.themes.Default(
     block_label_text_color_dark="*neutral_200",
 )
 CSS = """
-.pixels img { image-rendering: pixelated; width: 100%; }
-footer { display: none !important; }
+.pixels img {
+    image-rendering: pixelated;
+    width: 100% !important;
+    height: 100% !important;
+    object-fit: contain !important;
+}
 """
 
 
@@ -54,7 +58,7 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
             with gr.Tab("Runs", id="runs"):
                 tab_runs.build(page)
         for function, outputs in page.on_load:
-            demo.load(function, None, outputs, api_visibility="private", **ui.QUICK)
+            demo.load(function, None, outputs, **ui.QUICK)
 
         def leave(request: gr.Request) -> None:
             ui.cancel(page, request)

@@ -44,10 +44,10 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
             guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
             seed = gr.Number(0, label="Seed", precision=0)
             with gr.Row():
-                go = gr.Button("Draw the grid", variant="primary", min_width=120, elem_id="grid")
+                go = gr.Button("Draw", variant="primary", min_width=120, elem_id="grid")
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            picture = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid_image")
+            picture = gr.Image(label="Grid", format="png", interactive=False, buttons=ui.BUTTONS, elem_id="grid_image")
             status = gr.Markdown("", min_height=60)
 
     @ui.said
@@ -59,7 +59,8 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
         with ui.stoppable(page, request) as stopped:
             across, down = ui.numbers(xs, x), ui.numbers(ys, y)
             settings = Settings(
-                prompt=prompt, base=base, seed=int(seed or 0), num_inference_steps=int(steps), guidance_scale=guidance,
+                prompt=prompt or "", base=base, seed=int(seed or 0), num_inference_steps=int(steps),
+                guidance_scale=guidance,
                 loras=dict.fromkeys(loras or [], 1.0), concepts=list(concepts or []), alignit=bool(alignit),
             )  # fmt: skip
             tell = generate.Timer(progress, "Drawing", len(across) * len(down) * int(steps))
@@ -89,7 +90,13 @@ def _attention(page: ui.Page) -> gr.Dropdown:
         with gr.Column(scale=3, min_width=300):
             status = gr.Markdown("", min_height=60)
             maps = gr.Gallery(
-                label="Words", columns=3, format="png", height="auto", elem_classes="pixels", elem_id="attention_maps"
+                label="Words",
+                columns=3,
+                format="png",
+                height="auto",
+                buttons=ui.BUTTONS,
+                elem_classes="pixels",
+                elem_id="attention_maps",
             )
 
     @ui.said
@@ -99,7 +106,7 @@ def _attention(page: ui.Page) -> gr.Dropdown:
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
             settings = Settings(
-                prompt=prompt, base=base, seed=int(seed or 0), num_inference_steps=int(steps),
+                prompt=prompt or "", base=base, seed=int(seed or 0), num_inference_steps=int(steps),
                 loras=dict.fromkeys(loras or [], 1.0),
             )  # fmt: skip
             tell = generate.Timer(progress, "Drawing", int(steps))
@@ -125,7 +132,9 @@ def _reward(page: ui.Page) -> None:
                 go = gr.Button("Look", variant="primary", min_width=120)
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            found = gr.Image(label="Map", format="png", interactive=False, elem_classes="pixels")
+            found = gr.Image(
+                label="Map", format="png", interactive=False, height=320, buttons=ui.BUTTONS, elem_classes="pixels"
+            )
             status = gr.Markdown("", min_height=60)
 
     @ui.said

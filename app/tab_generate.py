@@ -25,7 +25,14 @@ def build(page: ui.Page) -> None:
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                options = {"interactive": False, "format": "png", "elem_classes": "pixels", "min_width": 140}
+                options = {
+                    "interactive": False,
+                    "format": "png",
+                    "elem_classes": "pixels",
+                    "min_width": 140,
+                    "height": 270,
+                }
+                options |= {"buttons": ui.BUTTONS}
                 before = gr.Image(label="Base", elem_id="base_image", **options)
                 after = gr.Image(label="Tuned", elem_id="tuned_image", **options)
             status = gr.Markdown("", elem_id="generate_status", min_height=60)
@@ -57,7 +64,7 @@ def build(page: ui.Page) -> None:
                         layers=False, transforms=(),
                     )  # fmt: skip
             preview = gr.Button("Preview what the ControlNet will see")
-            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png")
+            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS)
         with gr.Column(min_width=300), gr.Accordion("More", open=False):
             negative = gr.Textbox("", label="Negative prompt")
             steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
@@ -87,7 +94,7 @@ def build(page: ui.Page) -> None:
         with ui.stoppable(page, request) as stopped:
             progress(0, desc="Loading")
             settings = Settings(
-                prompt=prompt, base=base, seed=int(seed or 0), negative_prompt=negative or "",
+                prompt=prompt or "", base=base, seed=int(seed or 0), negative_prompt=negative or "",
                 num_inference_steps=int(steps), guidance_scale=guidance, loras=ui.weights(loras or [], weights),
                 concepts=list(concepts or []), truncation=int(truncation) or None, alignit=bool(alignit and concepts),
                 strength=strength, controlnet=controlnet or None, control_scale=control_scale,
@@ -130,9 +137,9 @@ def build(page: ui.Page) -> None:
         show_progress_on=status, **ui.MODEL,
     )  # fmt: skip
     stop.click(cancel, None, status, cancels=[drawing], api_name="cancel", queue=False)
-    dice.click(lambda: random.randrange(2**32), None, seed, api_visibility="private", **ui.QUICK)
+    dice.click(lambda: random.randrange(2**32), None, seed, **ui.QUICK)
     preview.click(look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL)
-    png.upload(load, png, [*chosen, used], api_name="read_settings", **ui.QUICK)
+    png.upload(load, png, [*chosen, used], api_name="read_settings", concurrency_limit=None, show_progress="hidden")
 
     def refresh():
         found = generate.concepts(page.folder)

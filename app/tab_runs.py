@@ -9,7 +9,6 @@ COLUMNS = ["run", "state", "step", "of"]
 
 
 def build(page: ui.Page) -> None:
-    hidden = {"api_visibility": "private", **ui.QUICK}
     with gr.Row():
         table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Runs", max_height=260, elem_id="runs_table")
     again = gr.Button("Look again", min_width=100, elem_id="runs_refresh")
@@ -20,7 +19,12 @@ def build(page: ui.Page) -> None:
             with gr.Row():
                 with gr.Column(min_width=300):
                     pictures = gr.Gallery(
-                        label="Pictures", columns=2, height="auto", elem_classes="pixels", interactive=False
+                        label="Pictures",
+                        columns=2,
+                        height="auto",
+                        elem_classes="pixels",
+                        interactive=False,
+                        buttons=ui.BUTTONS,
                     )
                 with gr.Column(min_width=300):
                     config = gr.Code(language="yaml", label="Settings", interactive=False, max_lines=20)
@@ -49,7 +53,9 @@ def build(page: ui.Page) -> None:
         return gr.Dataframe(rows, headers=COLUMNS), gr.Dropdown(names), gr.Dropdown(names)
 
     @ui.said
-    def inspect(run: str):
+    def inspect(run: str | None):
+        if not run:
+            return "", [], "", gr.File(visible=False), gr.Group(visible=False)
         shown = jobs.samples(page.folder, run)
         state = jobs.status(page.folder, run)
         return str(state), shown, jobs.config_of(page.folder, run), gr.File(visible=False), gr.Group(visible=False)
@@ -78,13 +84,13 @@ def build(page: ui.Page) -> None:
         curve = curve if curve in names else (names[0] if names else None)
         return gr.LinePlot(rows[rows["curve"] == curve], y_title=curve), gr.Dropdown(names, value=curve)
 
-    again.click(refresh, None, [table, run, several], **hidden)
-    run.input(inspect, run, [status, pictures, config, files, asking], **hidden)
-    pack.click(download, run, files, **hidden)
-    delete.click(ask, run, [question, asking], **hidden)
-    keep.click(lambda: gr.Group(visible=False), None, asking, **hidden)
-    sure.click(remove, run, [table, run, several, asking], **hidden)
-    gr.on([several.input, curve.input], compare, [several, curve], [plot, curve], **hidden)
+    again.click(refresh, None, [table, run, several], **ui.QUICK)
+    run.change(inspect, run, [status, pictures, config, files, asking], **ui.ACTION)
+    pack.click(download, run, files, **ui.ACTION)
+    delete.click(ask, run, [question, asking], **ui.ACTION)
+    keep.click(lambda: gr.Group(visible=False), None, asking, **ui.QUICK)
+    sure.click(remove, run, [table, run, several, asking], **ui.ACTION)
+    gr.on([several.change, curve.input], compare, [several, curve], [plot, curve], **ui.ACTION)
     page.on_load.append((refresh, [table, run, several]))
     _api(page)
 

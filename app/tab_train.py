@@ -72,11 +72,11 @@ def _build(page: ui.Page, method: str) -> None:
             plot = gr.LinePlot(x="step", y="value", height=260, elem_id=f"{method}_plot", x_title="step", y_title=" ")
             pictures = gr.Gallery(
                 label="Pictures on the way, the newest first", columns=2, height="auto", elem_classes="pixels",
-                elem_id=f"{method}_pictures", interactive=False,
+                elem_id=f"{method}_pictures", interactive=False, buttons=ui.BUTTONS,
             )  # fmt: skip
             with gr.Accordion("What the trainer says", open=False):
                 log = gr.Textbox(lines=12, max_lines=12, show_label=False, container=False, interactive=False)
-    shown = gr.State(0)
+    shown = gr.State("")
     timer = gr.Timer(POLL_SECONDS, active=False)
 
     def with_source(config: str, source: str) -> str:
@@ -122,7 +122,7 @@ def _build(page: ui.Page, method: str) -> None:
     @ui.said
     def start(name: str, config: str, source: str, *values: Any):
         config = with_source(forms.filled(method, config, list(values)), source)
-        started = jobs.start(page.folder, method, name.strip(), config, page.bases)
+        started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases)
         return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
 
     @ui.said
@@ -149,10 +149,10 @@ def _build(page: ui.Page, method: str) -> None:
     def go_on(run: str):
         jobs.resume(page.folder, run, page.bases)
 
-    @ui.said
-    def watch(run: str, curve: str, shown: int):
-        if not run:
-            return "No training yet.", gr.skip(), [], "", gr.skip(), 0, gr.Timer(active=False)
+    def watch(run: str | None, curve: str | None, shown: str):
+        if run not in jobs.runs(page.folder):
+            told = f"There is no run {run}." if run else "No training yet."
+            return told, gr.skip(), [], "", gr.skip(), "", gr.Timer(active=False)
         state = jobs.status(page.folder, run)
         table = pd.DataFrame(jobs.curves(page.folder, [run]), columns=["run", "step", "curve", "value"])
         names = sorted(table["curve"].unique())
@@ -172,29 +172,27 @@ def _build(page: ui.Page, method: str) -> None:
 
     watching = {"fn": watch, "inputs": [run, curve, shown]}
     watching |= {"outputs": [status, plot, pictures, log, curve, shown, timer]}
-    hidden = {"api_visibility": "private", **ui.QUICK}
-    preset.input(choose, preset, [about, text, *fields], **hidden)
+    preset.input(choose, preset, [about, text, *fields], **ui.ACTION)
     for field in fields:
-        gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **hidden)
-    text.blur(read, text, fields, **hidden)
-    upload.upload(take, upload, [text, *fields], **hidden)
-    download.click(give, [text, source, name, *fields], download, **hidden)
-    begin.click(start, [name, text, source, *fields], [run, name], **hidden).success(**watching, **hidden)
-    measuring = dry.click(
+        gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **ui.ACTION)
+    text.blur(read, text, fields, **ui.ACTION)
+    upload.upload(take, upload, [text, *fields], **ui.ACTION)
+    download.click(give, [text, source, name, *fields], download, **ui.ACTION)
+    begin.click(start, [name, text, source, *fields], [run, name], **ui.ACTION).success(**watching, **ui.QUICK)
+    dry.click(
         measure, [text, source, *fields], [measured, cancel], api_visibility="private", show_progress_on=measured,
         **ui.MODEL,
     )  # fmt: skip
-    cancel.click(end, None, None, **hidden)
-    del measuring
-    stop.click(halt, run, status, **hidden)
-    resume.click(go_on, run, None, **hidden).success(**watching, **hidden)
-    gr.on([run.input, curve.input, timer.tick], **watching, **hidden)
+    cancel.click(end, None, None, **ui.QUICK)
+    stop.click(halt, run, status, **ui.ACTION)
+    resume.click(go_on, run, None, **ui.ACTION).success(**watching, **ui.QUICK)
+    gr.on([run.input, curve.input, timer.tick], **watching, **ui.QUICK)
 
     def refresh():
         found = _runs(page, method)
         chosen = next((run for run in found if jobs.running(page.folder / run)), found[0] if found else None)
         sets = [*choices, *data.sets(page.data, method)]
-        return gr.Dropdown(found, value=chosen), fresh_name(page, method), gr.Dropdown(sets), *watch(chosen, "", 0)
+        return gr.Dropdown(found, value=chosen), fresh_name(page, method), gr.Dropdown(sets), *watch(chosen, None, "")
 
     page.on_load.append((refresh, [run, name, source, *watching["outputs"]]))
 
@@ -231,7 +229,6 @@ def _fields(method: str, config: str) -> list[gr.components.Component]:
 
 
 def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
-    hidden = {"api_visibility": "private", **ui.QUICK}
     called = gr.Textbox(label="Name of the set", placeholder="my-pictures", elem_id=f"{method}_set")
     if method == "alignprop":
         prompts = gr.Textbox(label="Prompts, one a line", lines=5)
@@ -242,7 +239,7 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
             data.save_prompts(page.data, name, text)
             return gr.Dropdown([CONFIG_OWN, *data.sets(page.data, method)], value=name)
 
-        keep.click(keep_prompts, [called, prompts], source, **hidden)
+        keep.click(keep_prompts, [called, prompts], source, **ui.ACTION)
         return
     gr.Markdown(
         "Three to eight pictures of one thing." if method != "controlnetpp" else "Pictures, a caption for each."
@@ -260,12 +257,12 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
     )
 
     @ui.said
-    def keep_pictures(name: str, uploads: list[str] | None, captions: str):
-        if method == "controlnetpp" and not captions.strip():
+    def keep_pictures(name: str, uploads: list[str] | None, captions: str | None):
+        if method == "controlnetpp" and not (captions or "").strip():
             raise ValueError("A ControlNet learns from pictures with captions: write one for each.")
-        path, findings = data.save_pictures(page.data, name, uploads or [], captions)
+        path, findings = data.save_pictures(page.data, name, uploads or [], captions or "")
         chosen = gr.skip() if path is None else gr.Dropdown(data.sets(page.data, method), value=name)
         said = ["None of these pictures can be used."] if path is None else data.check(path, resolution=64)
         return chosen, "\n\n".join(said), gr.Dataframe([list(finding) for finding in findings], visible=True)
 
-    keep.click(keep_pictures, [called, uploads, captions], [source, told, table], **hidden)
+    keep.click(keep_pictures, [called, uploads, captions], [source, told, table], **ui.ACTION)

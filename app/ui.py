@@ -6,7 +6,8 @@ import inspect
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import gradio as gr
 
 from app.generate import Cancelled, Models
 
+BUTTONS = ["download", "fullscreen"]  # of pictures; Gradio's third one would share them with the world
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # events that share the one model, one after another
-QUICK = {"queue": False, "show_progress": "hidden"}  # looking, which never waits for the model
+ACTION = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # waits for nobody
+# What only looks is not even in the queue. It may not fail: out of the queue, Gradio shows no message.
+QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -79,24 +83,26 @@ def said(function: Callable) -> Callable:
     return wrapped
 
 
-class stoppable:
-    """`with stoppable(page, request) as stop:` an event that the session's cancel button, or its end, sets."""
-
-    def __init__(self, page: Page, request: gr.Request | None):
-        self.stops = page.stops[(request and request.session_hash) or ""]
-        self.stop = threading.Event()
-
-    def __enter__(self) -> threading.Event:
-        self.stops.add(self.stop)
-        return self.stop
-
-    def __exit__(self, *_: object) -> None:
-        self.stops.discard(self.stop)
+@contextmanager
+def stoppable(page: Page, request: gr.Request | None) -> Iterator[threading.Event]:
+    """An event that the session's cancel button, or its end, sets."""
+    session, stop = _session(request), threading.Event()
+    page.stops[session].add(stop)
+    try:
+        yield stop
+    finally:
+        page.stops[session].discard(stop)
+        if not page.stops[session]:
+            page.stops.pop(session, None)
 
 
 def cancel(page: Page, request: gr.Request | None) -> None:
-    for stop in list(page.stops.get((request and request.session_hash) or "", ())):
+    for stop in list(page.stops.get(_session(request), ())):
         stop.set()
+
+
+def _session(request: gr.Request | None) -> str:
+    return (request and request.session_hash) or ""
 
 
 def numbers(text: str, what: str) -> list[float]:

@@ -21,12 +21,12 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from alignkit import load_base
-from alignkit.artifacts import save_json, save_lora
-from alignkit.base import add_lora
+from alignkit import concepts, load_base
+from alignkit.artifacts import save_json
+from alignkit.controlnet import new_controlnet, save_controlnet
 from app import data, explore, forms, generate, jobs, page, safety, ui
 from app.generate import Settings
-from tests.tiny import save_tiny_model
+from tests.app_server import make_world, toy_command
 
 ROOT = Path(__file__).parent.parent
 EMOJI = {"emoji": "emoji"}
@@ -247,12 +247,7 @@ def test_a_form_goes_to_yaml_and_back():
 @pytest.fixture
 def toy(monkeypatch):
     """Trainings take a moment, and write what real ones write."""
-
-    def command(path, method):
-        script = ROOT / "tests" / "toy_trainer.py"
-        return [sys.executable, str(script), "--config", str(path / jobs.CONFIG), "--output_dir", str(path)]
-
-    monkeypatch.setattr(jobs, "_command", command)
+    monkeypatch.setattr(jobs, "_command", toy_command)
 
 
 def wait_for(folder: Path, run: str, state: str, steps: int = 0, seconds: float = 60) -> jobs.Status:
@@ -370,18 +365,20 @@ def test_the_log_shows_a_progress_bar_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny base, and in the page's folder a LoRA of it."""
+    """A tiny base, and in the page's folder a LoRA of it, a concept and a ControlNet for edges."""
     folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "configs")
-    base = load_base(str(folder / "configs"), random_init=True)
-    base.pipeline().save_pretrained(folder / "tiny")
-    for name, parameter in add_lora(base.unet, 2, 2, ["to_q", "to_k", "to_v"]).items():
-        if ".lora_B." in name:
-            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    run = folder / "runs" / "alignprop" / "style"
-    save_lora(run, base.unet)
-    (run / jobs.CONFIG).write_text("")
-    return generate.Models(folder / "runs", {"tiny": str(folder / "tiny")})
+    bases, runs = make_world(folder), folder / "runs"
+    base = load_base(bases["tiny"])
+    generator = torch.Generator().manual_seed(0)
+    concept = concepts.create("neti", base, "<thing>", "hat", hidden_size=8, num_frequencies=8)
+    controlnet = new_controlnet(base.unet, base.vae_scale_factor)
+    for parameter in [*concept.module.parameters(), *controlnet.parameters()]:
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    concept.save(runs / "neti" / "thing")
+    save_controlnet(runs / "controlnetpp" / "edges", controlnet)
+    (runs / "neti" / "thing" / jobs.CONFIG).write_text("")
+    (runs / "controlnetpp" / "edges" / jobs.CONFIG).write_text("condition:\n  name: canny\n")
+    return generate.Models(runs, bases)
 
 
 def settings(**fields) -> Settings:
@@ -401,6 +398,36 @@ def test_base_and_tuned_come_from_the_same_noise(world):
     assert (pixels(generate.draw(world, settings(loras={"alignprop/style": 0.0}))) == plain).all()
     assert (pixels(generate.draw(world, tuned)) == changed).all()
     assert (pixels(generate.draw(world, settings(seed=4))) != plain).any()
+
+
+def test_a_concept_is_drawn_and_its_noun_by_the_base(world):
+    assert generate.concepts(world.folder) == {"neti/thing": "<thing>"}
+    word = settings(prompt="a <thing> on a box", concepts=["neti/thing"])
+    plain = pixels(generate.draw(world, settings(prompt="a hat on a box")))
+    assert (pixels(generate.draw(world, word, tuned=False)) == plain).all()
+    drawn = [
+        pixels(generate.draw(world, dataclasses.replace(word, **more)))
+        for more in ({}, {"truncation": 2}, {"alignit": True}, {"alignit": True, "strength": 0.5})
+    ]
+    pictures = [plain, *drawn]
+    for i, one in enumerate(pictures):
+        assert all((one != other).any() for other in pictures[:i])
+
+
+def test_a_controlnet_follows_what_is_read_off_a_picture(world):
+    assert generate.controlnets(world.folder) == ["controlnetpp/edges"]
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste("black", (16, 16, 48, 48))
+    control = generate.extract_control(world, "tiny", "controlnetpp/edges", picture, is_map=False)
+    assert control.size == (16, 16) and len(control.getcolors()) > 1  # edges, at the base's own size
+    same = generate.extract_control(world, "tiny", "controlnetpp/edges", control, is_map=True)
+    assert (pixels(same) == pixels(control)).all()
+    guided = settings(controlnet="controlnetpp/edges")
+    drawn = pixels(generate.draw(world, guided, control))
+    assert (drawn != pixels(generate.draw(world, settings()))).any()
+    assert (drawn != pixels(generate.draw(world, guided, Image.new("RGB", (16, 16))))).any()
+    with pytest.raises(ValueError, match="wants a control"):
+        generate.draw(world, guided)
 
 
 def test_settings_travel_in_the_png(world, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from playwright import sync_api
 
 from app import generate
 from tests.app_server import make_world, serving
@@ -26,9 +27,6 @@ WAIT = 60_000  # milliseconds; a busy machine is slow, and what waits goes on as
 
 if CHROMIUM is None and not os.environ.get("CI"):
     pytest.skip("there is no chromium on this machine: apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api") if not os.environ.get("CI") else None
-if sync_api is None:
-    from playwright import sync_api
 expect = sync_api.expect
 
 
@@ -129,7 +127,7 @@ def test_train_stop_reload_resume_compare_download_delete(screen, url, tmp_path)
     go_to(screen, "Align")
     screen.get_by_role("button", name="All settings (YAML)").filter(visible=True).click()
     yaml = screen.locator("#alignprop_yaml .cm-content")
-    yaml.fill("max_train_steps: 400\nwait: 0.05\nlora:\n  rank: 3\n")
+    yaml.fill("max_train_steps: 4000\nwait: 0.05\nlora:\n  rank: 3\n")
     screen.locator("#alignprop_name textarea, #alignprop_name input").first.click()  # the form follows the YAML
     expect(screen.locator("#alignprop_lora_rank input")).to_have_value("3", timeout=WAIT)
     screen.locator("#alignprop_name textarea, #alignprop_name input").first.fill("mine")
@@ -155,13 +153,13 @@ def test_train_stop_reload_resume_compare_download_delete(screen, url, tmp_path)
     expect(screen.locator("#alignprop_pictures img").first).to_be_visible(timeout=WAIT)
     screen.locator("#alignprop_stop").click()
     expect(status).to_contain_text("resume goes on", timeout=WAIT)
-    stopped = int(re.search(r"(\d+) of 400", status.inner_text())[1])
+    stopped = int(re.search(r"(\d+) of 4000", status.inner_text())[1])
     screen.locator("#alignprop_resume").click()
     expect(status).to_contain_text("running", timeout=WAIT)
     expect(status).to_contain_text("left", timeout=WAIT)
     screen.locator("#alignprop_stop").click()
     expect(status).to_contain_text("resume goes on", timeout=WAIT)
-    assert int(re.search(r"(\d+) of 400", status.inner_text())[1]) > stopped
+    assert int(re.search(r"(\d+) of 4000", status.inner_text())[1]) > stopped
 
     go_to(screen, "Runs")
     screen.locator("#runs_refresh").click()
