@@ -172,6 +172,7 @@ def train(cfg: Config) -> Path:
     if cfg.reward_weight:
         probe_condition(condition, *size, run.device)
     controlnet = make_controlnet(cfg, base)
+    use_plain_attention(controlnet, run.device_type)
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
     rewarded_snr = snr_range(cfg, base.schedule)
 
@@ -391,7 +392,6 @@ def make_controlnet(cfg: Config, base: Base) -> ControlNetModel:
         controlnet = new_controlnet(base.unet, base.vae_scale_factor, cfg.seed)
     else:
         controlnet = load_controlnet(path, base.unet, base.vae_scale_factor)
-    use_plain_attention(controlnet)
     if cfg.gradient_checkpointing:
         for module in (controlnet, base.unet, base.vae):
             module.enable_gradient_checkpointing()
