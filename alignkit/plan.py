@@ -11,17 +11,17 @@ Two classes: `Ledger` counts the bytes of live tensors and the FLOPs, on any dev
 fragmentation, and the workspaces inside of an operation.
 """
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from unittest import mock
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -37,6 +37,7 @@ FLOPS = flop_registry | {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
+attention = F.scaled_dot_product_attention  # PyTorch's own, while NoNumbers has another in its place
 GIB, TERA = 2**30, 1e12
 
 
@@ -130,12 +131,14 @@ class NoNumbers(TorchDispatchMode):
     CHECKS = (aten.all.default, aten.any.default, aten.min.default, aten.max.default, aten.aminmax.default)
 
     def __enter__(self):
-        self._attention = FusedAttention()
-        self._attention.__enter__()
+        # by name, since a TorchFunctionMode is off inside of backward(), where checkpoints compute again
+        self._patches = contextlib.ExitStack()
+        self._patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused_attention))
+        self._patches.enter_context(mock.patch.object(torch, "autocast", Autocast))
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._attention.__exit__(*error)
+        self._patches.close()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -156,31 +159,32 @@ class NoNumbers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention on the meta device without its matrix of scores, as on real devices; PyTorch writes it out there."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args and args[0].is_meta and not kwargs.get("enable_gqa"):
-            return _fused_attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def fused_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> Tensor:
+    """Attention that holds no matrix of scores, as real devices do it; on the meta device, PyTorch writes it out."""
+    if not query.is_meta or enable_gqa:
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     flash = aten._scaled_dot_product_flash_attention_for_cpu
     return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 class Autocast(torch.autocast):
-    """On the meta device, which has none, the CPU's, which leaves its tensors alone."""
+    """The meta device has none: switched off it is the CPU's, which leaves meta tensors alone; else it is refused."""
 
-    def __init__(self, device_type: str, *args, **kwargs):
-        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+    def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **options):
+        if device_type == "meta" and enabled:
+            raise ValueError(
+                "this trainer computes under autocast in half precision, which cannot be planned: plan with "
+                "--mixed_precision no, an upper bound."
+            )
+        super().__init__("cpu" if device_type == "meta" else device_type, dtype, enabled, **options)
 
 
 def estimate(train: Callable[[Any], Any], cfg: Any) -> Ledger:
     """Runs `train(cfg)`, whose `cfg.estimate` names a device, on the meta device. The run prints its `report`."""
-    with mock.patch.object(torch, "autocast", Autocast), Ledger("meta") as ledger, NoNumbers():
+    with Ledger("meta") as ledger, NoNumbers():
         try:
             train(cfg)
         except SystemExit as end:  # of a dry run

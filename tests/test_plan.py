@@ -4,17 +4,19 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignkit import cli, plan
-from alignkit.config import LoraConfig
+from alignkit.conditions import ConditionConfig
 from alignkit.rewards import RewardConfig
 from tests.benchmarks import gpu_check, real_size
 from tests.tiny import save_tiny_model
-from training import alignprop
+from training import alignprop, controlnetpp, customize, neti
 
 MIB = 2**20
+TRAINERS = (alignprop, controlnetpp, neti, customize)
 
 
 def test_a_ledger_counts_storages_once_and_until_they_die():
@@ -95,54 +97,82 @@ def test_without_numbers_every_check_passes():
         assert (~x.isfinite()).nonzero().tolist() == []
 
 
-def small(tmp_path, model: str, **fields) -> alignprop.Config:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\na dog\n")
-    defaults = {
-        "pretrained_model_name_or_path": model,
-        "random_init": True,
-        "prompt_file": str(prompts),
-        "rewards": [RewardConfig("compressibility")],
-        "num_inference_steps": 2,
-        "max_train_steps": 2,
-        "train_batch_size": 2,
-        "num_validation_images": 2,
-        "lora": LoraConfig(rank=4),
-        "use_ema": True,
-        "dry_run": True,
-        "report_to": "none",
+@pytest.fixture
+def build(tmp_path):
+    """Makes the config of a trainer for two steps of the tiny model."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("one", "two"):
+        Image.effect_noise((16, 16), 64).convert("RGB").save(images / f"{name}.png")
+    (images / "metadata.jsonl").write_text(
+        '{"image": "one.png", "text": "a cat"}\n{"image": "two.png", "text": "a dog"}\n'
+    )
+    own = {
+        alignprop: {
+            "prompt_file": str(tmp_path / "prompts.txt"),
+            "rewards": [RewardConfig("compressibility")],
+            "num_validation_images": 2,
+        },
+        controlnetpp: {
+            "train_data_dir": str(images),
+            "condition": ConditionConfig("lineart"),
+            "reward_weight": 0.5,
+            "reward_timesteps": [0, 999],
+            "num_validation_images": 2,
+            "gradient_checkpointing": True,
+        },
+        neti: {
+            "train_data_dir": str(images),
+            "super_category_token": "a",
+            "mapper": neti.MapperConfig(hidden_size=8, num_frequencies=16),
+            "validation_prompts": ["a {}"],
+            "validation_seeds": [1],
+        },
+        customize: {"instance_data_dir": str(images), "class_noun": "a", "num_validation_images": 2},
     }
-    return alignprop.Config(output_dir=str(tmp_path / "run"), **{**defaults, **fields})
+    model = save_tiny_model(tmp_path / "model")
+
+    def build(trainer, **fields):
+        defaults = {
+            "pretrained_model_name_or_path": model,
+            "random_init": True,
+            "num_inference_steps": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "use_ema": True,
+            "dry_run": True,
+            "report_to": "none",
+        }
+        return trainer.Config(output_dir=str(tmp_path / "run"), **{**defaults, **own[trainer], **fields})
+
+    return build
 
 
-def measured(cfg: alignprop.Config) -> plan.Ledger:
-    with plan.Ledger("cpu") as ledger, pytest.raises(SystemExit):
-        alignprop.train(cfg)
-    return ledger
-
-
-def compare(tmp_path, model: str, **fields) -> None:
-    real = measured(small(tmp_path, model, **fields))
-    predicted = plan.estimate(alignprop.train, small(tmp_path, model, estimate="cpu", **fields))
-    assert not (tmp_path / "run").exists()
+def compare(build, trainer, **fields) -> None:
+    with plan.Ledger("cpu") as real, pytest.raises(SystemExit):
+        trainer.train(build(trainer, **fields))
+    predicted = plan.estimate(trainer.train, build(trainer, estimate="cpu", **fields))
     assert predicted.phases.keys() == real.phases.keys() == {"setup", "train", "validate"}
     for name in ("train", "validate"):
         assert predicted.phases[name].peak == pytest.approx(real.phases[name].peak, rel=0.1), name
         assert predicted.phases[name].flops == real.phases[name].flops
 
 
-def test_prediction_equals_the_run(tmp_path, capsys):
-    compare(tmp_path, save_tiny_model(tmp_path / "model"))
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
+def test_prediction_equals_the_run(build, capsys, trainer):
+    compare(build, trainer)
     report = capsys.readouterr().out
-    assert "plan of alignprop on cpu (checked" in report and "peak of training" in report
+    assert "on cpu (checked" in report and "peak of training" in report
 
 
-def test_prediction_equals_the_run_on_the_emoji_model(tmp_path):
-    compare(tmp_path, "emoji", num_inference_steps=1, train_batch_size=1, num_validation_images=1)
+def test_prediction_equals_the_run_on_the_emoji_model(build):
+    fields = {"num_inference_steps": 1, "train_batch_size": 1, "num_validation_images": 1}
+    compare(build, alignprop, pretrained_model_name_or_path="emoji", **fields)
 
 
-def test_what_is_said_of_cuda_is_unverified(tmp_path, capsys):
-    plan.estimate(alignprop.train, small(tmp_path, save_tiny_model(tmp_path / "model"), estimate="cuda"))
+def test_what_is_said_of_cuda_is_unverified(build, capsys):
+    plan.estimate(alignprop.train, build(alignprop, estimate="cuda"))
     assert "on cuda (UNVERIFIED" in capsys.readouterr().out
 
 
