@@ -11,7 +11,7 @@ prompt, "a photo of <thing>", with the concept at pi(i), every cross-attention l
 and V_i likewise.
 
 No training, no parameter. The paper's abstract and summaries of it were at hand, not its text: docs/alignit.md says
-what is inferred. Used on stock pipelines of SD 1.x, SD 2.x and SDXL:
+what is inferred. Used on stock pipelines of SD 1.x, SD 2.x and SDXL; for SD3 and FLUX there is `mode="input"` below:
 
     pipe.load_textual_inversion("learned_embeds.safetensors")
     with alignit(pipe, [Concept("<thing>", "cat")]):
@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.models import attention_processor
 from torch import Tensor, nn
 
@@ -89,6 +90,7 @@ def alignit(
     pipe: Any,
     concepts: Sequence[Any],
     *,
+    mode: Literal["attention", "input"] = "attention",
     base: Any = None,
     custom: Any = None,
     source: Literal["dummy", "prompt"] = "dummy",
@@ -102,6 +104,9 @@ def alignit(
     pipe: a stock pipeline, customised: with Textual Inversion's tokens, a LoRA that is not merged, Custom Diffusion's
         processors, or another U-Net and text encoder.
     concepts: `Concept`s, or what `alignkit.concepts.load` returns.
+    mode: attention keeps the promise above in every layer. With joint attention (SD3, FLUX) none can be kept behind the
+        first block, where every row has read all others; input, for these alone, exchanges the rows that enter the
+        transformer, of CLIP and of T5, and leaves pooled embeddings and the negative prompt the base's.
     base: the base pipeline, where `pipe` does not hold its weights any more (DreamBooth's whole U-Net).
     custom: the customised pipeline, where `pipe` is the base: its queries and all else stay the base's then.
     source: of the concept's rows: the dummy prompt, or the same prompt in the customised model, which lets the words
@@ -116,6 +121,14 @@ def alignit(
     of others, a cache of earlier steps, joint attention, another base; RuntimeError when one of these comes up inside.
     """
     concepts = _as_concepts(concepts)
+    if mode not in ("attention", "input"):
+        raise ValueError(f"mode: expected attention or input, got {mode!r}.")
+    if mode == "input":
+        if infuse != "both" or layers is not None or timesteps is not None:
+            raise ValueError("mode input exchanges whole rows before the first layer: no infuse, layers or timesteps.")
+        with _input_rows(pipe, concepts, base, custom, source, strength):
+            yield pipe
+        return
     _check_family(pipe)
     for other in (base, custom):
         if other is not None:
@@ -144,7 +157,10 @@ def alignit(
     if timesteps is not None and not timesteps[0] <= timesteps[1]:
         raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
 
-    text = _Text(custom or pipe, base or pipe, concepts, source, len(names))
+    tokenizers = tuple(name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None)
+    window = min(getattr(base or pipe, name).model_max_length for name in tokenizers)
+    segment = _Segment(tokenizers, 0, window)
+    text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment)
     if not two_weights and base is None and custom is None:
         text.check_customised(pipe)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
@@ -167,6 +183,18 @@ def alignit(
 
 
 # Text
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows [start, start + window) of a prompt's embedding, in which these tokenizers, who agree, number the tokens."""
+
+    tokenizers: tuple[str, ...]
+    start: int
+    window: int
+
+    def of(self, pipe: Any) -> list[Any]:
+        return [getattr(pipe, name) for name in self.tokenizers]
 
 
 @dataclass(frozen=True)
@@ -197,18 +225,20 @@ class _Prompt:
 class _Text:
     """Prompts in the base's words, and the rows of the concepts in the customised model's."""
 
-    def __init__(self, custom: Any, base: Any, concepts: Sequence[Concept], source: str, num_layers: int):
-        self.custom, self.base, self.source = custom, base, source
-        self.concepts = [_on_device(concept, custom.unet.device) for concept in concepts]
-        self.num_layers, self.cache = num_layers, {}
-        self.window = min(tokenizer.model_max_length for tokenizer in _tokenizers(base))
+    def __init__(
+        self, custom: Any, base: Any, concepts: Sequence[Concept], source: str, num_layers: int, segment: _Segment
+    ):
+        self.custom, self.base, self.source, self.segment = custom, base, source, segment
+        self.concepts = [_on_device(concept, custom) for concept in concepts]
+        self.num_layers, self.cache, self.window = num_layers, {}, segment.window
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
 
     def check_customised(self, pipe: Any) -> None:
         """ValueError for a phrase that is nothing but plain words, in a pipeline that nobody customised."""
-        adapted = any(_adapters(encoder) for encoder in _text_encoders(pipe))
+        transformer = getattr(pipe, "transformer", None)
+        adapted = any(_adapters(m) for m in [*_text_encoders(pipe), *([] if transformer is None else [transformer])])
         for concept in self.concepts:
-            known = [token for t in _tokenizers(pipe) for token in t.get_added_vocab() if token in concept.phrase]
+            known = [token for t in self.segment.of(pipe) for token in t.get_added_vocab() if token in concept.phrase]
             if not (adapted or known or concept.learned is not None or concept.values_from):
                 raise ValueError(
                     f"Nothing in this pipeline is customised for {concept.phrase!r}: expected a token of Textual "
@@ -229,7 +259,7 @@ class _Text:
             plain, end = plain + concept.noun, stop
         plain += prompt[end:]
         window = self.window
-        rows, length = _rows(self.base, plain, places)
+        rows, length = _rows(self.segment.of(self.base), window, plain, places)
 
         order: list[int] = []
         spans, end = [], 0
@@ -268,11 +298,13 @@ class _Text:
             places.append((len(pieces), len(pieces) + len(phrase)))
             pieces, end = pieces + phrase, stop
         pieces += self.convert(text[end:])
-        return _rows(self.custom, pieces, places)[0]
+        return _rows(self.segment.of(self.custom), self.window, pieces, places)[0]
 
     def convert(self, text: str) -> str:
         """As the pipeline's `encode_prompt` does: a token of several vectors is written out."""
-        return self.custom.maybe_convert_prompt(text, self.custom.tokenizer) if text.strip() else text
+        tokenizer = self.segment.of(self.custom)[0]
+        known = hasattr(self.custom, "maybe_convert_prompt") and text.strip()
+        return self.custom.maybe_convert_prompt(text, tokenizer) if known else text
 
     @torch.no_grad()
     def concept_rows(self, prompt: _Prompt, span: _Span, timestep: float) -> tuple[Tensor, Tensor]:
@@ -303,8 +335,8 @@ class _Text:
         if words == span.concept.phrase:
             rows = self.custom_rows(text)[span.index]
         else:
-            rows = _rows(self.custom, text, [(start, start + len(words))])[0][0]
-        return _encode(self.encode_custom, text, dict(extra))[0][:, slice(*rows)]
+            rows = _rows(self.segment.of(self.custom), self.window, text, [(start, start + len(words))])[0][0]
+        return _encode(self.encode_custom, text, dict(extra))[0][:, self.segment.start :][:, slice(*rows)]
 
     def learned_rows(self, span: _Span, timestep: float, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         from alignkit.concepts.text import encode_contexts, tokenize, towers
@@ -320,11 +352,11 @@ class _Text:
         return keys[0, :, rows].to(self.custom.unet.dtype), values[0, :, rows].to(self.custom.unet.dtype)
 
 
-def _on_device(concept: Concept, device: torch.device) -> Concept:
+def _on_device(concept: Concept, pipe: Any) -> Concept:
     """With a copy of what was learnt, since the caller's stays where it is."""
     if concept.learned is None:
         return concept
-    module = copy.deepcopy(concept.learned.module).to(device).eval()
+    module = copy.deepcopy(concept.learned.module).to(pipe.unet.device).eval()
     return replace(concept, learned=replace(concept.learned, module=module))
 
 
@@ -350,10 +382,12 @@ def _pattern(phrase: str) -> str:
     return rf"(?<!\w){re.escape(phrase)}(?!\w)"
 
 
-def _rows(pipe: Any, text: str, places: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:
+def _rows(
+    tokenizers: Sequence[Any], window: int, text: str, places: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], int]:
     """Rows (start, stop) of the prompt's embedding that come from these characters; and how many are not padding."""
     answers = []
-    for tokenizer in _tokenizers(pipe):
+    for tokenizer in tokenizers:
         tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
         offsets = tokens.offset_mapping
         rows = []
@@ -363,15 +397,14 @@ def _rows(pipe: Any, text: str, places: Sequence[tuple[int, int]]) -> tuple[list
                 raise ValueError(f"{text[start:stop]!r} has no token of its own in {text!r}.")
             rows.append((inside[0], inside[-1] + 1))
         answers.append((rows, len(offsets)))
-        if any(stop >= tokenizer.model_max_length for _, stop in rows):
+        if any(stop >= window for _, stop in rows):
             raise ValueError(
-                f"Prompt too long: {tokenizer.model_max_length} tokens are read, and a concept lies behind them. "
-                f"Shorten it: {text!r}"
+                f"Prompt too long: {window} tokens are read, and a concept lies behind them. Shorten it: {text!r}"
             )
     if any(answer != answers[0] for answer in answers):
         raise ValueError(f"The two text encoders cut {text!r} into different tokens, so rows cannot be exchanged.")
     rows, length = answers[0]
-    return rows, min(length, _tokenizers(pipe)[0].model_max_length)
+    return rows, min(length, window)
 
 
 def token_rows(pipe: Any, text: str, start: int, stop: int) -> tuple[int, int]:
@@ -380,7 +413,9 @@ def token_rows(pipe: Any, text: str, start: int, stop: int) -> tuple[int, int]:
     before, within = (
         convert(part, pipe.tokenizer) if part.strip() else part for part in (text[:start], text[start:stop])
     )
-    rows, _ = _rows(pipe, convert(text, pipe.tokenizer), [(len(before), len(before) + len(within))])
+    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+    window = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    rows, _ = _rows(tokenizers, window, convert(text, pipe.tokenizer), [(len(before), len(before) + len(within))])
     return rows[0]
 
 
@@ -388,8 +423,9 @@ def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:
     """(prompt_embeds [1, S, D], negative, ...) of one prompt without guidance, by the pipeline's own function."""
     known = inspect.signature(encode_prompt).parameters
     device = getattr(encode_prompt, "__self__", None)
-    given = {"prompt": text, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    given |= {name: value for name, value in extra.items() if name in known and value is not None}
+    given = {"prompt": text, "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
+    given |= {"do_classifier_free_guidance": False} | {k: value for k, value in extra.items() if value is not None}
+    given = {name: value for name, value in given.items() if name in known}
     return encode_prompt(**given, device=getattr(device, "_execution_device", None))
 
 
@@ -471,6 +507,88 @@ def _infused(text: _Text, prompt: _Prompt, timestep: float, like: Tensor) -> tup
         values[:, span.start : span.stop] = own_values.to(like)
         mask[span.start : span.stop] = True
     return keys, values, mask
+
+
+# Joint attention: the rows that enter the transformer
+
+
+def _segments(pipe: Any, max_sequence_length: int) -> list[_Segment]:
+    """What an embedding of SD3 (CLIP's rows, then T5's) or FLUX (T5's) is made of. ValueError for other pipelines."""
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        clip = _Segment(("tokenizer", "tokenizer_2"), 0, pipe.tokenizer_max_length)
+        t5 = _Segment(("tokenizer_3",), clip.window, max_sequence_length)
+        return [clip] if pipe.text_encoder_3 is None else [clip, t5]
+    if isinstance(pipe, FluxPipeline):
+        return [_Segment(("tokenizer_2",), 0, max_sequence_length)]
+    raise ValueError(
+        f'mode="input" is for pipelines of SD3 and FLUX, got {type(pipe).__name__}: with the U-Nets of SD 1.x, SD 2.x '
+        "and SDXL, the default keeps every layer."
+    )
+
+
+@contextmanager
+def _input_rows(
+    pipe: Any, concepts: Sequence[Concept], base: Any, custom: Any, source: str, strength: float
+) -> Iterator[None]:
+    """AlignIT with `mode="input"`: `encode_prompt` gives the concepts' own rows, all others are the base's for P_0."""
+    own, other = custom or pipe, base or pipe
+    for one in (own, other):
+        _segments(one, 1)
+        _refuse_merged(one)
+    _check_phrases(concepts)
+    if any(concept.learned is not None or concept.values_from is not None for concept in concepts):
+        raise ValueError("mode input takes concepts that the pipeline's own text encoders read, without values_from.")
+    signature = inspect.signature(pipe.encode_prompt)
+    encode_custom, encode_base = own.encode_prompt, other.encode_prompt
+    texts: dict[int, list[_Text]] = {}  # by the length of T5's part
+
+    def of_length(length: int) -> list[_Text]:
+        if length not in texts:
+            texts[length] = [_Text(own, other, concepts, source, 1, segment) for segment in _segments(other, length)]
+            for text in texts[length]:
+                text.encode_custom = encode_custom  # not this block's
+        return texts[length]
+
+    default = signature.parameters["max_sequence_length"].default
+    if base is None and custom is None:
+        for text in of_length(default):
+            text.check_customised(pipe)
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+        given = signature.bind(*args, **kwargs)
+        values = given.arguments
+        names = ("clip_skip", "lora_scale", "max_sequence_length")
+        extra = {name: values[name] for name in names if values.get(name) is not None}
+        parts = of_length(extra.get("max_sequence_length", default))
+        prompts = [] if values.get("prompt_embeds") is not None else _listed(values.get("prompt"))
+        placed = [[text.prompt(prompt, extra) for prompt in prompts] for text in parts]
+        for name in ("prompt", "negative_prompt"):
+            given_text = values.get(name)
+            plain = [parts[0].prompt(prompt, extra).plain for prompt in _listed(given_text)]
+            for other_name in (f"{name}_2", f"{name}_3"):
+                if values.get(other_name) not in (None, given_text):
+                    raise ValueError(f"{other_name} differs from {name}: with AlignIT all text encoders read the same.")
+                if values.get(other_name) is not None:
+                    values[other_name] = plain[0] if isinstance(given_text, str) else plain
+            if given_text is not None:
+                values[name] = plain[0] if isinstance(given_text, str) else plain
+        if prompts and not any(prompt.spans for prompt in placed[0]):
+            warnings.warn(f"No concept in {prompts!r}: the base draws it.", stacklevel=3)
+        with _without_adapters(other):
+            prompt_embeds, *rest = encode_base(*given.args, **given.kwargs)
+        images = values.get("num_images_per_prompt", 1)
+        pieces, end = [], 0
+        for text, own_prompts in zip(parts, placed, strict=True):
+            end = text.segment.start + text.window
+            piece = prompt_embeds[:, text.segment.start : end]
+            pieces.append(_placed(piece, own_prompts, images, text, None, strength))
+        return torch.cat([*pieces, prompt_embeds[:, end:]], dim=1), *rest
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt
 
 
 # The bank
@@ -565,10 +683,14 @@ def _check_family(pipe: Any) -> None:
         raise ValueError(
             f"{type(pipe).__name__} mixes text and image in joint attention, so that after its first block every row "
             "depends on the concept and no exchange of rows can keep the others as the base has them. Supported are "
-            "pipelines of SD 1.x, SD 2.x and SDXL."
+            'pipelines of SD 1.x, SD 2.x and SDXL; mode="input" exchanges the rows that enter the transformer.'
         )
     if not all(hasattr(pipe, name) for name in ("unet", "text_encoder", "tokenizer", "encode_prompt")):
         raise ValueError(f"Expected a pipeline of SD 1.x, SD 2.x or SDXL, got {type(pipe).__name__}.")
+    _refuse_merged(pipe)
+
+
+def _refuse_merged(pipe: Any) -> None:
     if getattr(pipe, "_merged_adapters", None):
         raise ValueError(
             f"The LoRA {sorted(pipe._merged_adapters)} was merged into the weights, so the base's are gone. Call "
@@ -595,11 +717,8 @@ def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:
-    return [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
-
-
-def _tokenizers(pipe: Any) -> list[Any]:
-    return [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
 
 
 def _adapters(module: nn.Module) -> list[nn.Module]:

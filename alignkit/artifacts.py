@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself writes a LoRA
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -234,7 +235,8 @@ def load_lora(
 ) -> None:
     """Adds a LoRA of the U-Net or transformer as the only active adapter, at `weight`; `mix_loras` blends several.
 
-    `path` is a safetensors file (diffusers' or kohya's keys), or a folder with pytorch_lora_weights.safetensors.
+    `path` is a safetensors file (diffusers' or kohya's keys), or a folder with pytorch_lora_weights.safetensors or with
+    PEFT's adapter_model.safetensors and adapter_config.json.
     Strict where diffusers only warns: ValueError when the file is a pickle, damaged, or does not fit this network
     in every key and every shape. The network is untouched then.
     """
@@ -342,11 +344,13 @@ def _read_lora(network: nn.Module, path: str | os.PathLike) -> tuple[dict[str, T
     from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    path = Path(path)
+    path, prefix = Path(path), _network_name(network)
     if path.is_dir():
-        path = path / LORA_WEIGHTS
+        path = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else LORA_WEIGHTS)
+    if path.name == PEFT_WEIGHTS:
+        weights, config = ({f"{prefix}.{k}": v for k, v in part.items()} for part in _read_peft(network, path))
+        return weights, None, config
     load_tensors(path)  # for its checks; diffusers reads the file again, with alphas and header
-    prefix = _network_name(network)
     where = {"weight_name": path.name, "local_files_only": True, "return_lora_metadata": True}
     if prefix == "unet":
         weights, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
@@ -365,6 +369,18 @@ def _read_lora(network: nn.Module, path: str | os.PathLike) -> tuple[dict[str, T
     bare = {key.removeprefix(f"{prefix}."): tensor for key, tensor in weights.items()}
     _check_fit(network, convert_unet_state_dict_to_peft(bare), path)
     return weights, alphas, metadata
+
+
+def _read_peft(network: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """PEFT's own file and the config beside it, which has the scale. ValueError where it is no LoRA of this network."""
+    from peft import LoraConfig
+
+    weights = {key.removeprefix("base_model.model."): tensor for key, tensor in load_tensors(path).items()}
+    kind = load_json(path.with_name(PEFT_CONFIG)).get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path.parent} holds an adapter of the type {kind}: expected LORA")
+    _check_fit(network, dict(weights), path)
+    return weights, LoraConfig.from_pretrained(path.parent).to_dict()
 
 
 def _check_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from alignkit.artifacts import atomic, save_tensors
 from alignkit.base import Base
+from alignkit.families import Condition
 from alignkit.sampling import guided, sample
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -124,6 +125,21 @@ def unet_predict(
     ).sample.float()
 
 
+def predict(
+    base: Base,
+    controlnet: nn.Module,
+    x_t: Tensor,
+    timestep: Tensor,
+    control: Tensor,
+    condition: Condition,
+    conditioning_scale: float = 1.0,
+) -> Tensor:
+    """`unet_predict` with what `base.condition` says of the prompts."""
+    added = {name: tensor for name, tensor in condition.items() if name != "encoder_hidden_states"}
+    prompt_embeds = condition["encoder_hidden_states"]
+    return unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds, added or None, conditioning_scale)
+
+
 def sd3_predict(
     transformer: nn.Module,
     controlnet: nn.Module,
@@ -226,22 +242,23 @@ def draw_controlled(
 ) -> Tensor:
     """Images [N,3,H,W] in [0,1] for controls [N,3,H,W] in [0,1], image i from the noise of seeds[i]; DDIM.
 
-    The pixels of the stock `StableDiffusionControlNetPipeline`.
+    The pixels of the stock `StableDiffusionControlNetPipeline`, or `StableDiffusionXLControlNetPipeline`.
     """
     images, device = [], base.unet.device
     timesteps = base.schedule.timesteps(num_inference_steps).to(device)
-    shape = base.latent_shape(*controls.shape[-2:])
+    size = controls.shape[-2:]
+    shape = base.latent_shape(*size)
     for rows in torch.arange(len(controls)).split(batch_size):
         control = controls[rows].to(device)
         generators = [torch.Generator().manual_seed(seeds[i]) for i in rows]
         x_T = randn_tensor((len(rows), *shape), generators, device)
-        prompt_embeds = base.encode_prompt([prompts[i] for i in rows])
-        negative_prompt_embeds = base.encode_prompt([negative_prompt] * len(rows))
+        condition = base.condition([prompts[i] for i in rows], *size)
+        negative = base.condition([negative_prompt] * len(rows), *size, negative=True)
 
-        def forward(x_t: Tensor, timestep: Tensor, embeds: Tensor, control=control) -> Tensor:
+        def forward(x_t: Tensor, timestep: Tensor, condition: Condition, control=control) -> Tensor:
             both = control.repeat(len(x_t) // len(control), 1, 1, 1)  # guidance asks twice
-            return unet_predict(base.unet, controlnet, x_t, timestep, both, embeds, None, conditioning_scale)
+            return predict(base, controlnet, x_t, timestep, both, condition, conditioning_scale)
 
-        denoiser = guided(forward, prompt_embeds, negative_prompt_embeds, guidance_scale)
+        denoiser = guided(forward, condition, negative, guidance_scale)
         images.append(base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan=None)))
     return torch.cat(images)

@@ -4,7 +4,8 @@
 |-------------------------------|----------------------------------------------|------------------------------|
 | Textual Inversion             | learned_embeds.safetensors                   | rows of the token embeddings |
 | Custom Diffusion              | pytorch_custom_diffusion_weights.safetensors | W_k, W_v of cross-attention  |
-| LoRA (diffusers, peft, kohya) | pytorch_lora_weights.safetensors             | any layer                    |
+| LoRA (diffusers, kohya)       | pytorch_lora_weights.safetensors             | any layer                    |
+| LoRA (peft)                   | adapter_model.safetensors and its config     | any layer of the U-Net       |
 | DreamBooth                    | unet/, text_encoder/ in diffusers' layout    | all of them                  |
 | NeTI, P+                      | a folder of training/neti.py                 | text, by layer and timestep  |
 """
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
-from alignkit.artifacts import LORA_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
+from alignkit.artifacts import LORA_WEIGHTS, PEFT_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
 CONCEPT = "concept.json"
+DUMMY = "a photo of {}"
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Attention]:
@@ -114,7 +116,7 @@ def save_embeddings(folder: str | Path, rows: Mapping[str, Tensor], metadata: Ma
 
 
 def save_concept(folder: str | Path, **fields: Any) -> None:
-    """Writes concept.json: method, phrase, class_noun, base_model, base_fingerprint (of the base, before training)."""
+    """Writes concept.json: method, phrase, class_noun, dummy, base_model, base_fingerprint (before training)."""
     save_json(fields, Path(folder) / CONCEPT)
 
 
@@ -145,14 +147,19 @@ class Customized:
 
 
 def load(
-    pipe: Any, path: str | Path, phrase: str | None = None, class_noun: str | None = None, dummy: str = "a photo of {}"
+    pipe: Any,
+    path: str | Path,
+    phrase: str | None = None,
+    class_noun: str | None = None,
+    dummy: str | None = None,
 ) -> Customized:
     """What was trained, loaded into a stock pipeline of its base.
 
     `path`: a folder of `training/customize.py` or `training/neti.py` (which say what the concept is called); a file of
     Textual Inversion; a LoRA of diffusers, peft or kohya; Custom Diffusion's weights, with learned_embeds.safetensors
     beside them or not; a folder with the unet/ (and text_encoder/) of DreamBooth. Of others' files, `phrase` and
-    `class_noun` say what prompts call it. The pipeline is changed; DreamBooth gets one of its own.
+    `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was trained in; what the folder says,
+    else "a photo of {}". The pipeline is changed; DreamBooth gets one of its own.
 
     Raises ValueError for a pickle, a damaged file, one that fits another base, or a missing name.
     """
@@ -166,18 +173,19 @@ def load(
                 f"{path} was trained on another base model ({said['base_model']}): W_k and W_v differ. Load that base."
             )
         phrase, class_noun = phrase or said["phrase"], class_noun or said["class_noun"]
+        dummy = dummy or said.get("dummy")
     elif (path / "config.json").is_file():
         learned = concepts.load(path).concepts[0]
         learned.check(pipe)
         noun = class_noun or learned.super_category_token
-        return Customized(pipe, Concept(learned.placeholder_token, noun, dummy, learned))
+        return Customized(pipe, Concept(learned.placeholder_token, noun, dummy or DUMMY, learned))
     if not (phrase and class_noun):
         raise ValueError(f"{path} does not say what its concept is called: pass phrase and class_noun.")
-    concept = Concept(phrase, class_noun, dummy)
+    concept = Concept(phrase, class_noun, dummy or DUMMY)
     if (path / "unet").is_dir():
         return Customized(_dreambooth(pipe, path), concept, base=pipe)
 
-    names = (LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS, EMBEDDINGS)
+    names = (LORA_WEIGHTS, PEFT_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS, EMBEDDINGS)
     file = next((path / name for name in names if (path / name).is_file()), path)
     if file.is_dir():
         raise ValueError(f"{path} holds nothing that is known here: expected one of {', '.join(names)}, or unet/.")

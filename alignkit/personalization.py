@@ -55,6 +55,7 @@ def evaluate(
         output_dir: Folder for a grid of pictures of each concept: a row a prompt, a column a seed.
         results: JSONL file to append one line per concept to.
     """
+    from alignkit.artifacts import save_strip
     from alignkit.base import load_base
     from alignkit.concepts import load
     from alignkit.data import read_prompts
@@ -81,7 +82,7 @@ def evaluate(
         figures = {figure: round(float(values.mean()), 4) for figure, values in scores.items()}
         rows.append({"concept": str(name), **settings, "num_images": len(drawn), **figures})
         if output_dir:
-            _save_grid(drawn, seeds, Path(output_dir) / f"{Path(name).resolve().name}.png")
+            save_strip(Path(output_dir) / f"{Path(name).resolve().name}.png", drawn.split(seeds))
         if results:
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
@@ -176,13 +177,3 @@ def _dino(path: str):
         return torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
 
     return embed
-
-
-def _save_grid(images, columns: int, path) -> None:
-    from diffusers.utils import make_image_grid, numpy_to_pil
-
-    from alignkit.artifacts import atomic
-
-    pictures = numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
-    with atomic(path) as temporary:
-        make_image_grid(pictures, rows=len(pictures) // columns, cols=columns).save(temporary, "PNG")

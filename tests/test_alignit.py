@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from alignkit.alignit import Concept, alignit
 from alignkit.attention import projection_pairs, text_layers
 from alignkit.base import load_base
 from alignkit.customized import cross_attention, load_custom_diffusion, save_custom_diffusion
+from tests.test_families import thin
 from tests.tiny import save_tiny_model
 
 KINDS = (
@@ -582,6 +584,30 @@ def test_sdxl(sdxl):
         assert draw(sdxl, "a <x>", **settings).isfinite().all()
 
 
+def test_compiled(lora):
+    """The same picture through compiled blocks, and no new graph for another prompt, timestep or strength."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    settings = [{}, {"strength": 0.5}]
+    prompts = [prompt_of(lora), "a hat on a <t> dog"]
+    expected = []
+    for setting, prompt in zip(settings, prompts, strict=True):
+        with lora.aligned(**setting):
+            expected.append(draw(lora.pipe, prompt))
+    torch._dynamo.reset()
+    lora.pipe.unet.compile_repeated_blocks(backend=backend)
+    counts = []
+    for setting, prompt, images in zip(settings, prompts, expected, strict=True):
+        with lora.aligned(**setting):
+            torch.testing.assert_close(draw(lora.pipe, prompt), images, rtol=0, atol=1e-4)
+        counts.append(len(graphs))
+    assert counts[0] > 0 and counts[1] == counts[0]
+
+
 # Refused by name
 
 
@@ -627,6 +653,53 @@ def test_step_cache(inversion):
     )
     apply_pyramid_attention_broadcast(inversion.pipe.unet, config)
     with pytest.raises(ValueError, match="reuses attention of earlier steps"), inversion.aligned():
+        pass
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_joint_attention_exchanges_the_rows_that_enter(name, tmp_path):
+    """Of CLIP and of T5, the concept's rows are the customised encoders' for the dummy prompt, others the base's."""
+    base = load_base(thin(name, tmp_path), random_init=True, shrink=40).pipeline()
+    base.set_progress_bar_config(disable=True)
+    parts = {n: copy.deepcopy(part) if n.startswith("text_encoder") else part for n, part in base.components.items()}
+    custom = type(base)(**{n: parts[n] for n in inspect.signature(type(base).__init__).parameters if n in parts})
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if part in parts:
+            shake(parts[part].parameters(), 0.5)
+
+    def encode(pipe, prompt):
+        more = {"prompt_3": None, "do_classifier_free_guidance": False} if name == "sd3" else {}
+        embeds = pipe.encode_prompt(prompt, prompt_2=None, device="cpu", max_sequence_length=24, **more)
+        return embeds[0], embeds[2 if name == "sd3" else 1]
+
+    def word(tokenizer, text, number):
+        return [row for row, of in enumerate(tokenizer(text).word_ids()) if of == number]
+
+    with alignit(base, [Concept("x", "y")], custom=custom, mode="input"):
+        embeds, pooled = encode(base, "a x on it")
+        drawn = base("a x on it", num_inference_steps=1, height=32, width=32, max_sequence_length=24, output_type="np")
+    assert "encode_prompt" not in vars(base) and drawn.images.shape == (1, 32, 32, 3)
+    expected, expected_pooled = encode(base, "a y on it")
+    dummy, _ = encode(custom, "a photo of x")
+    start = 0
+    segments = {"sd3": (("tokenizer", base.tokenizer_max_length), ("tokenizer_3", 24)), "flux": (("tokenizer_2", 24),)}
+    for tokenizer, window in segments[name]:
+        rows, own = word(getattr(base, tokenizer), "a y on it", 1), word(getattr(base, tokenizer), "a photo of x", 3)
+        assert rows and len(rows) == len(own)
+        assert not torch.equal(expected[:, [start + i for i in rows]], dummy[:, [start + i for i in own]])
+        expected[:, [start + i for i in rows]] = dummy[:, [start + i for i in own]]
+        start += window
+    assert torch.equal(embeds, expected) and torch.equal(pooled, expected_pooled)
+
+
+def test_input_rows_are_for_joint_attention_alone(tmp_path):
+    pipe = load_base("sd15", random_init=True, shrink=40).pipeline()
+    with pytest.raises(ValueError, match="SD3 and FLUX"), alignit(pipe, [Concept("x", "y")], mode="input"):
+        pass
+    flux = load_base(thin("flux", tmp_path), random_init=True, shrink=40).pipeline()
+    with pytest.raises(ValueError, match="no infuse"), alignit(flux, [Concept("x", "y")], mode="input", infuse="keys"):
+        pass
+    with pytest.raises(ValueError, match="Nothing in this pipeline"), alignit(flux, [Concept("x", "y")], mode="input"):
         pass
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +15,7 @@ from alignkit.attention import context_bank, record_attention, text_layers
 from alignkit.customized import (
     Customized,
     cross_attention,
+    fingerprint,
     load,
     save_concept,
     save_custom_diffusion,
@@ -54,6 +55,12 @@ def write(kind: str, pipe, folder):
         with_lora(pipe)
         save_lora(folder, pipe.unet)
         return folder
+    if kind == "peft":
+        model = get_peft_model(pipe.unet, LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "to_v"]))
+        torch.manual_seed(0)
+        shake(p for n, p in model.named_parameters() if "lora_" in n)
+        model.save_pretrained(folder)
+        return folder
     if kind == "kohya":
         with_lora(pipe)
         weights = load_file(save_lora(folder, pipe.unet))
@@ -87,7 +94,7 @@ def write(kind: str, pipe, folder):
 
 
 @pytest.mark.parametrize(
-    "kind", ["lora", "kohya", "custom_diffusion", "dreambooth", "textual_inversion", "p_plus", "neti"]
+    "kind", ["lora", "peft", "kohya", "custom_diffusion", "dreambooth", "textual_inversion", "p_plus", "neti"]
 )
 def test_what_people_have(kind, tiny_model, base, pipe, tmp_path):
     """Loaded, it draws another concept; with AlignIT nothing leaks to the other tokens, without it something does."""
@@ -156,10 +163,8 @@ def test_command(tiny_model, pipe, tmp_path, monkeypatch):
     folder = tmp_path / "concept"
     with_lora(pipe)
     save_lora(folder, pipe.unet)
-    fingerprint = load_base(tiny_model, random_init=True)
-    from alignkit.customized import fingerprint as of
-
-    save_concept(folder, method="lora", **NAMES, base_model="tiny", base_fingerprint=of(fingerprint.unet))
+    base = load_base(tiny_model, random_init=True)
+    save_concept(folder, method="lora", **NAMES, base_model="tiny", base_fingerprint=fingerprint(base.unet))
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / "0.png")
     (tmp_path / "prompts.txt").write_text("a {} on it\none {}\n")
@@ -188,6 +193,16 @@ def test_what_cannot_be_loaded(pipe, tmp_path):
     save_concept(tmp_path, method="lora", **NAMES, base_model="another", base_fingerprint="0" * 12)
     with pytest.raises(ValueError, match=r"another base model \(another\)"):
         load(pipe, tmp_path)
+
+
+def test_the_dummy_is_a_text_that_the_concept_was_trained_in(tiny_model, tmp_path):
+    pipes = [new_pipe(tiny_model, torch.float32) for _ in range(2)]
+    write("lora", new_pipe(tiny_model, torch.float32), tmp_path)
+    assert load(new_pipe(tiny_model, torch.float32), tmp_path, **NAMES).concept.dummy == "a photo of {}"
+    said = {"method": "lora", **NAMES, "base_model": "tiny", "base_fingerprint": fingerprint(pipes[0].unet)}
+    save_concept(tmp_path, **said, dummy="one {} here")
+    assert load(pipes[0], tmp_path).concept.dummy == "one {} here"
+    assert load(pipes[1], tmp_path, dummy="my {}").concept.dummy == "my {}"
 
 
 def test_customized_draws_with_and_without(base, pipe, tmp_path):

@@ -1,9 +1,5 @@
 """training/alignprop.py on a randomly initialised model of a few thousand parameters, from config to card."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +12,15 @@ from safetensors.torch import load_file
 from alignkit.artifacts import LORA_WEIGHTS, read_events
 from alignkit.base import Base, load_base
 from alignkit.config import LoraConfig, parse
+from alignkit.early_stop import EarlyStopConfig, best_of, reason_to_stop
 from alignkit.emoji import WEIGHTS_DIR
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from alignkit.sampling import PLANS
 from tests.tiny import save_tiny_model
+from tests.torchrun import train_on_two_ranks
 from training import alignprop
-from training.alignprop import Config, EarlyStopConfig, PlanConfig, best_of, reason_to_stop, train
+from training.alignprop import Config, PlanConfig, train
 
 ROOT = Path(__file__).parent.parent
 RED = "tests.toy_rewards:Red"
@@ -263,31 +261,14 @@ def test_validation_leaves_the_training_untouched(config):
 
 
 def test_two_processes_equal_one(config, tmp_path):
-    """A real torchrun of the script itself: raw-module calls that miss the gradient sync would end elsewhere."""
     fields = {"max_train_steps": 3, "validation_steps": 3, "eta": 1.0, "plan": PlanConfig("draft_k", {"k": 2})}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have: more would round differently
     one = train(config("one", **fields))
     torch.set_num_threads(threads)
-    two = config("two", **fields, gradient_accumulation_steps=1)
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(alignprop.to_dict(two)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, "training/alignprop.py", "--config", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    start = next(event for event in read_events(Path(two.output_dir) / "events.jsonl") if event["type"] == "start")
-    assert start["num_processes"] == 2
-    assert_same(one, Path(two.output_dir), tolerance=1e-6)
-    for ours, theirs in zip(scalars(one), scalars(Path(two.output_dir)), strict=True):
+    two = train_on_two_ranks("training/alignprop.py", config("two", **fields, gradient_accumulation_steps=1))
+    assert_same(one, two, tolerance=1e-6)
+    for ours, theirs in zip(scalars(one), scalars(two), strict=True):
         for name in ("loss", "reward/Red", "diversity", "grad_norm", "k"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 

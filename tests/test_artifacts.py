@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +32,27 @@ from alignkit.base import add_lora, load_base
 def base():
     """Stable Diffusion 1.5 at a fortieth of its widths, the same weights each time."""
     return load_base("sd15", random_init=True, shrink=40)
+
+
+def test_a_folder_that_peft_wrote(base, tmp_path):
+    """Alpha, and ranks and alphas by layer, come from the config beside the weights."""
+    plain = forward(base.unet)
+    patterns = {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_q": 1}}
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "to_q"], init_lora_weights=False, **patterns)
+    model = get_peft_model(base.unet, config)
+    expected = forward(base.unet)
+    model.save_pretrained(tmp_path)
+
+    fresh = load_base("sd15", random_init=True, shrink=40)
+    load_lora(fresh.unet, tmp_path)
+    assert torch.equal(forward(fresh.unet), expected) and not torch.allclose(plain, expected)
+    unet = load_base("sd15", random_init=True, shrink=40).unet
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    with pytest.raises(ValueError, match="expected LORA"):
+        load_lora(unet, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="adapter_config.json is missing"):
+        load_lora(unet, tmp_path)
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

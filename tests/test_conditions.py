@@ -130,6 +130,16 @@ def test_inputs_are_checked():
         Condition()(images, torch.zeros(2, 8, 8))
 
 
+@pytest.mark.parametrize("name", ["softedge", "lineart"])
+def test_every_value_of_an_8_bit_map_and_its_inverse_is_read(make, name):
+    """White lines on black or black on white: no value wraps or moves."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    condition = make(name)
+    expected = torch.arange(256).reshape(16, 16) / 255
+    torch.testing.assert_close(condition.read(Image.fromarray(values)), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(condition.read(Image.fromarray(255 - values)), 1 - expected, rtol=0, atol=1e-7)
+
+
 def test_what_cannot_be_built():
     with pytest.raises(ValueError, match="nearest is 'depth'"):
         build_condition("dept")

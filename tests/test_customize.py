@@ -23,6 +23,7 @@ from alignkit.customized import (
     save_custom_diffusion,
 )
 from tests.tiny import save_tiny_model
+from tests.torchrun import train_on_two_ranks
 from training import customize
 from training.customize import Config, train
 
@@ -113,6 +114,17 @@ def test_accumulation_does_not_matter(config, method):
     one = train(config("one", method=method, adam_epsilon=1e-3, train_batch_size=4))
     two = train(config("two", method=method, adam_epsilon=1e-3, train_batch_size=1, gradient_accumulation_steps=4))
     assert_same(weights_of(one), weights_of(two), tolerance=1e-4)
+
+
+def test_two_processes_equal_one(config):
+    """Custom Diffusion, which trains weights and a token; both processes read the class images that one drew."""
+    fields = {"method": "custom_diffusion", "adam_epsilon": 1e-3, "num_class_images": 3}
+    one = train(config("one", **fields, train_batch_size=4))
+    two = train_on_two_ranks("training/customize.py", config("two", **fields, train_batch_size=2))
+    assert_same(weights_of(one), weights_of(two), tolerance=1e-4)
+    for ours, theirs in zip(scalars(one), scalars(two), strict=True):
+        for name in ("instance_loss", "prior_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

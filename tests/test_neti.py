@@ -1,9 +1,6 @@
 """The trainer: it learns, resumes bit for bit, leaves the base alone, and refuses what cannot work."""
 
-import os
-import socket
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +9,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from alignkit import config as configs
 from alignkit.artifacts import load_tensors, read_events
 from alignkit.attention import context_bank
 from alignkit.base import load_base
 from alignkit.concepts import Concepts, create, load
 from alignkit.run import Run
+from tests.test_families import thin
+from tests.torchrun import train_on_two_ranks
 from training import neti
-from training.neti import Config, Data, MapperConfig, denoising_loss, train
+from training.neti import Config, Data, MapperConfig, denoising_loss, predict, train
 
 
 @pytest.fixture(scope="module")
@@ -139,25 +137,10 @@ def test_accumulation_and_checkpointing_do_not_change_the_run(config):
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.mark.slow
 def test_two_processes_equal_one(config, tmp_path):
     alone = train(config("alone", train_batch_size=4, adam_epsilon=1e-3))  # signs of tiny gradients may differ
-    cfg = config("two", train_batch_size=2, adam_epsilon=1e-3)
-    cfg_file = tmp_path / "two.yaml"
-    configs.save(cfg, cfg_file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", str(free_port()), "training/neti.py", "--config", str(cfg_file)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert read_events(tmp_path / "two" / "events.jsonl")[0]["num_processes"] == 2
-    one, two = weights(alone), weights(tmp_path / "two")
+    two = train_on_two_ranks("training/neti.py", config("two", train_batch_size=2, adam_epsilon=1e-3))
+    one, two = weights(alone), weights(two)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
@@ -272,9 +255,28 @@ def test_every_config_runs_dry_on_random_weights(name, images, capsys):
     assert exit.value.code == 0 and "s a step" in capsys.readouterr().out
 
 
-def test_the_concept_in_training_is_the_concept_in_the_pipeline(config):
-    """The training's contexts give the network's output of the stock pipeline's first step."""
-    base = load_base("sd15", random_init=True, shrink=40)
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return thin("sdxl", tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.mark.parametrize("method", ["neti", "textual_inversion"])
+def test_sdxl_learns_for_both_text_encoders(config, sdxl, method):
+    cfg = config(method=method, pretrained_model_name_or_path=sdxl, max_train_steps=2)
+    (concept,) = load(train(cfg)).concepts
+    base = load_base(sdxl, random_init=True, shrink=40)
+    before = create(method, base, "<thing>", "a", **(asdict(cfg.mapper) if method == "neti" else {}))
+    assert len(concept.widths) == 2
+    t, layers = torch.zeros(3), torch.arange(3)
+    with torch.no_grad():
+        change = (concept.module(t, layers).token - before.module(t, layers).token).split(concept.widths, -1)
+    assert all((part != 0).any() for part in change)
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_the_concept_in_training_is_the_concept_in_the_pipeline(config, sdxl, model):
+    """The training's contexts (and SDXL's pooled noun) give the output of the stock pipeline's first step."""
+    base = load_base(sdxl if model == "sdxl" else model, random_init=True, shrink=40)
     concept = create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16)
     data = Data(config(templates=["b {}"]), base, concept)
     batch = data.batch(Run(config("toy")), 0, [0])
@@ -288,5 +290,5 @@ def test_the_concept_in_training_is_the_concept_in_the_pipeline(config):
     ((x_t, timestep, expected),) = seen
     batch.timestep = timestep.reshape(1)
     with torch.no_grad(), context_bank(base.unet):
-        got = base.unet(x_t, timestep, data.contexts(batch, nested_dropout=False)).sample
+        got = predict(base, x_t, timestep, data.contexts(batch, nested_dropout=False), batch.added)
     assert torch.allclose(got, expected, atol=1e-5)

@@ -1,11 +1,7 @@
 import errno
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +13,7 @@ from safetensors.torch import load_file
 from alignkit import artifacts
 from alignkit.artifacts import read_events
 from alignkit.run import Run, lr_factor
+from tests.torchrun import torchrun
 from tests.toy import launch, toy_config, toy_loss, toy_params, train
 
 
@@ -96,27 +93,18 @@ def test_first_update_is_adamw_on_the_mean_gradient(tmp_path):
         torch.testing.assert_close(saved[f"{name}/exp_avg"], 0.1 * grad * 0.1 / norm, rtol=0, atol=1e-6)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_equal_one(finished, tmp_path):
     """Same global batch; rank 1 alone is told to stop after the first update, then the same command goes on."""
     folder = tmp_path / "two"
     common = ["--max_train_steps", "10", "--train_batch_size", "2", "--learning_rate", "1e-2", "--lr_scheduler",
               "cosine", "--lr_warmup_steps", "2", "--use_ema", "true", "--report_to", "none",
               "--checkpointing_steps", "2", "--output_dir", str(folder)]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", str(free_port()), "-m", "tests.two_ranks", *common]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    stopped = subprocess.run([*command, "--die", "0:sigterm"], env=env, capture_output=True, text=True, timeout=300)
+    stopped = torchrun("-m", "tests.two_ranks", *common, "--die", "0:sigterm")
     assert stopped.returncode != 0
     assert checkpoints(folder) == ["checkpoint-1"], stopped.stderr
     first = train(toy_config(tmp_path / "first", checkpointing_steps=1, checkpoints_total_limit=None))
     assert_same(folder / "checkpoint-1", tmp_path / "first" / "checkpoint-1", tolerance=1e-6)
-    resumed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    resumed = torchrun("-m", "tests.two_ranks", *common)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("two processes, equal parameters") == 1
     assert_same(folder / "checkpoint-10", finished / "checkpoint-10", tolerance=1e-6)

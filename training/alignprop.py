@@ -26,23 +26,28 @@ Ours besides: EMA, hinge loss, weighted sums, monitors and early stop, all off u
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from diffusers.utils import make_image_grid, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
-from PIL.Image import Resampling
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from alignkit.artifacts import LORA_WEIGHTS, atomic, read_events, save_lora, write_card
+from alignkit.artifacts import LORA_WEIGHTS, read_events, save_lora, save_strip, write_card
 from alignkit.base import Base, add_lora
 from alignkit.config import LoraConfig, RunConfig, command, to_dict
 from alignkit.data import Prompts, read_prompts
+from alignkit.early_stop import (
+    EarlyStopConfig,
+    coarse_features,
+    diversity,
+    gains,
+    keep_best,
+    monitor_scores,
+    reason_to_stop,
+    restore_best,
+)
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine, probe
 from alignkit.rewards.clip import Encoder
 from alignkit.run import Run
@@ -65,27 +70,6 @@ class PlanConfig:
             return PLANS[self.name](num_inference_steps, generator, **self.settings)
         except (TypeError, ValueError) as error:
             raise ValueError(f"plan.settings of {self.name}: {error}") from error
-
-
-@dataclass
-class EarlyStopConfig:
-    """When to end a run that exploits its reward. Judged at each validation, on its fixed prompts and seeds.
-
-    A run that is stopped leaves the LoRA of its best validation: the highest mean of the monitors.
-    """
-
-    enabled: bool = False
-    """Off: only log."""
-    min_diversity: float = 0.5
-    """Stop when the diversity falls below this share of the base's."""
-    monitor_drop: float = 0.5
-    """Stop when a monitor has been this far below its best, in standard deviations of the base's scores, ..."""
-    patience: int = 2
-    """... for this many validations in a row, while the trained reward was above what it was at that best."""
-
-    def __post_init__(self):
-        if self.patience < 1:
-            raise ValueError(f"early_stop.patience: expected at least 1, got {self.patience}")
 
 
 @dataclass
@@ -184,8 +168,7 @@ def train(cfg: Config) -> Path:
             with run.averaged():
                 shown, validated, summary = validation.measure(lora)
                 state["validations"].append(summary | {"step": step + 1})
-                if best_of([validation.start, *state["validations"]], cfg.early_stop) is state["validations"][-1]:
-                    best.update({name: parameter.detach().cpu().clone() for name, parameter in lora.items()})
+                keep_best([validation.start, *state["validations"]], cfg.early_stop, lora, best)
             run.show(step, "validation", shown, fixed.prompts)
             scalars |= validated
         run.log(step, **scalars)
@@ -196,11 +179,10 @@ def train(cfg: Config) -> Path:
                 break
 
     with run.averaged():
-        kept = best_of([validation.start, *state["validations"]], cfg.early_stop) if stopped else None
+        history = [validation.start, *state["validations"]]
+        kept = restore_best(history, cfg.early_stop, lora, best) if stopped else None
         if kept:
-            stopped += f"; the LoRA is that of step {kept['step']}, the best by its validation"
-            for name, parameter in lora.items():
-                parameter.data.copy_(best[name])
+            stopped += f"; the LoRA is that of step {kept}, the best by its validation"
         shown = validation.draw() if kept or shown is None else shown
         if run.is_main:
             export(run, cfg, base, fixed, validation.base_images, shown, stopped)
@@ -268,13 +250,7 @@ class Judges(nn.Module):
         """[B, D], whose distances say how different images are: CLIP's of a monitor, else the RMS of coarse pixels."""
         if self.encoder:
             return self.encoder.embed_images(images)
-        coarse = F.adaptive_avg_pool2d(images, 16).flatten(1)
-        return coarse / math.sqrt(coarse.shape[1])
-
-
-def diversity(features: Tensor) -> float:
-    """Mean distance between two images of a batch, by their features [B, D]."""
-    return float(F.pdist(features).mean()) if len(features) > 1 else 0.0
+        return coarse_features(images)
 
 
 class Validation:
@@ -313,44 +289,12 @@ class Validation:
         return images, scalars, summary
 
     def summary(self, measured: dict[str, Tensor]) -> dict[str, Any]:
-        """Trained reward, diversity, each monitor's gain over the base in standard deviations of the base's scores."""
-        base = {name: values for name, values in self.base_measured.items() if name.startswith("monitor/")}
+        """As alignkit/early_stop.py has it, from the base on."""
         return {
             "reward": -float(measured["loss"].mean()),
             "diversity": diversity(measured["features"]),
-            "monitors": {
-                name: float((measured[name] - values).mean() / values.std(correction=0).clamp(min=1e-6))
-                for name, values in base.items()
-            },
+            "monitors": gains(measured, monitor_scores(self.base_measured)),
         }
-
-
-def reason_to_stop(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> str | None:
-    """Of the summaries of a run's validations, the base's first: why it should end here, if it should."""
-    if not cfg.enabled:
-        return None
-    start, now = history[0], history[-1]
-    if now["diversity"] < cfg.min_diversity * start["diversity"]:
-        return f"the diversity of the validation images fell from {start['diversity']:.3g} to {now['diversity']:.3g}"
-    for name in start["monitors"]:
-        best = max(history, key=lambda summary: summary["monitors"][name])
-        threshold = best["monitors"][name] - cfg.monitor_drop
-        exploited = [s["monitors"][name] < threshold and s["reward"] > best["reward"] for s in history[-cfg.patience :]]
-        if len(exploited) == cfg.patience and all(exploited):
-            drop = best["monitors"][name] - now["monitors"][name]
-            return f"{name} fell by {drop:.2f} of the base's standard deviations while the trained reward rose"
-    return None
-
-
-def best_of(history: Sequence[dict[str, Any]], cfg: EarlyStopConfig) -> dict[str, Any] | None:
-    """Of the summaries of a run's validations, the base's first: the one with the highest mean of the monitors.
-
-    None without an early stop, and where the diversity was too low in all of them. The trained reward counts where
-    there are no monitors.
-    """
-    start, *validations = history
-    diverse = [s for s in validations if cfg.enabled and s["diversity"] >= cfg.min_diversity * start["diversity"]]
-    return max(diverse, key=lambda s: fmean(s["monitors"].values() or [s["reward"]]), default=None)
 
 
 def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
@@ -389,11 +333,7 @@ def export(
     folder = run.output_dir
     save_lora(folder, base.network)
     shown = min(8, len(before))
-    pictures = numpy_to_pil(torch.cat([before[:shown], after[:shown]]).permute(0, 2, 3, 1).cpu().numpy())
-    zoom = max(1, 128 // pictures[0].width)
-    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
-    with atomic(folder / "before_after.png") as temporary:
-        make_image_grid(pictures, rows=2, cols=shown).save(temporary, "PNG")
+    save_strip(folder / "before_after.png", [before[:shown], after[:shown]])
     columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(prompts.prompts[:shown]))
     write_card(
         folder,

@@ -25,6 +25,10 @@ Where the authors' code differs from the paper or has faults, this does:
 - z_0 is the mode of the VAE's posterior, not a draw, so that it can be cached; images are cropped, not squashed.
 - The clamp of decoded pixels to [0, 1] passes its gradient (alignkit/base.py).
 
+For SD 1.x, SD 2.x and SDXL. ControlNets of SD3 and FLUX read the control as latents, in several published layouts, and
+are refused: the loss below and `alignkit.controlnet.sd3_predict` and `flux_predict` work on them (tested), this loop
+does not.
+
     accelerate launch training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
     torchrun --nproc_per_node 2 training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
     python training/controlnetpp.py --config configs/controlnetpp/emoji_depth.yaml --dry-run --random_init --shrink 4
@@ -34,8 +38,9 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import ControlNetModel
@@ -51,10 +56,20 @@ from alignkit.controlnet import (
     draw_controlled,
     load_controlnet,
     new_controlnet,
+    predict,
     save_controlnet,
-    unet_predict,
 )
 from alignkit.controls import Controls, Example, open_controls
+from alignkit.early_stop import (
+    EarlyStopConfig,
+    coarse_features,
+    diversity,
+    gains,
+    keep_best,
+    monitor_scores,
+    reason_to_stop,
+    restore_best,
+)
 from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig, WeightedRewards, combine
 from alignkit.run import Run
@@ -106,6 +121,9 @@ class Config(RunConfig):
     """Of the validation's classifier-free guidance; 1 turns it off."""
     negative_prompt: str = ""
     """Of the validation."""
+
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig, metadata={"free": True})
+    """When to end a run that exploits its reward: the consistency of the validation images, against the monitors."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -165,7 +183,7 @@ def train(cfg: Config) -> Path:
 
     run = Run(cfg, "controlnetpp")
     base = run.load_base()
-    base.require_family("StableDiffusionPipeline")
+    base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
     size = image_size(base, cfg.resolution)
     condition.to(run.device)
@@ -176,17 +194,21 @@ def train(cfg: Config) -> Path:
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
     rewarded_snr = snr_range(cfg, base.schedule)
 
-    run.prepare(dict(controlnet.named_parameters()))
+    params = dict(controlnet.named_parameters())
+    state, best = {"validations": [], "start": {}}, {}
+    run.prepare(params, state, best)
     validation = Validation(cfg, base, controlnet, condition, monitors, fixed, size)
     if run.position == 0:
         with run.first_validation():
-            images, _ = validation.measure()
+            images, measured = validation.measure()
+            state["start"] = monitor_scores(measured)
+            state["validations"].append(validation.summary(0, images, measured, state["start"]))
         run.show(0, "start", images, validation.prompts)
         run.show(0, "control", validation.controls, validation.prompts)
 
     load = Loader(run, data, base, condition, size, cfg.cache)
-    encode_prompt = remembering(base) if cfg.cache else base.encode_prompt
-    images = None
+    encode_prompts = remembering(base, size) if cfg.cache else partial(encode_prompt, base, size)
+    stopped, images = None, None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
         everywhere = range(step * run.global_batch, (step + 1) * run.global_batch)  # also of other processes
@@ -198,7 +220,7 @@ def train(cfg: Config) -> Path:
             batch = load(step, indices)
             chance = [draws[i] for i in indices]
             noise = torch.stack([torch.randn(batch.x_0.shape[1:], generator=run.generator(step, i)) for i in indices])
-            predict = controlled(base, controlnet, condition, batch, chance, encode_prompt)
+            predict = controlled(base, controlnet, condition, batch, chance, encode_prompts)
             losses = controlnet_losses(
                 predict,
                 base.schedule,
@@ -225,15 +247,25 @@ def train(cfg: Config) -> Path:
         if run.every(cfg.validation_steps, step) and not cfg.dry_run:
             with run.averaged():
                 images, validated = validation.measure()
+                state["validations"].append(validation.summary(step + 1, images, validated, state["start"]))
+                keep_best(state["validations"], cfg.early_stop, params, best)
             run.show(step, "validation", images, validation.prompts)
             scalars |= validated
         run.log(step, **scalars)
+        if images is not None:
+            reason = reason_to_stop(state["validations"], cfg.early_stop)
+            if run.gather(torch.tensor([int(reason is not None)], device=run.device)).any():
+                stopped = f"stopped early after {step + 1} steps: {reason}"
+                break
 
     with run.averaged():
-        images = validation.measure()[0] if images is None else images
+        kept = restore_best(state["validations"], cfg.early_stop, params, best) if stopped else None
+        if kept:
+            stopped += f"; the ControlNet is that of step {kept}, the best by its validation"
+        images = validation.measure()[0] if kept or images is None else images
         if run.is_main:
-            export(run, cfg, controlnet, condition, validation, images)
-    run.finish()
+            export(run, cfg, controlnet, condition, validation, images, stopped)
+    run.finish(stopped)
     return run.output_dir
 
 
@@ -300,17 +332,23 @@ def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     return float(schedule.snr(last)), float(schedule.snr(first))
 
 
-def remembering(base: Base) -> Callable[[list[str]], Tensor]:
-    """`base.encode_prompt`, which encodes each prompt once."""
-    known: dict[str, Tensor] = {}
+def encode_prompt(base: Base, size: tuple[int, int], prompts: list[str]) -> dict[str, Tensor]:
+    """What the networks are told of B prompts; of dropped ones, "", what guidance makes of an empty negative prompt."""
+    return base.condition(prompts, *size, negative=True)
 
-    def encode_prompt(prompts: list[str]) -> Tensor:
+
+def remembering(base: Base, size: tuple[int, int]) -> Callable[[list[str]], dict[str, Tensor]]:
+    """`encode_prompt`, which encodes each prompt once."""
+    known: dict[str, dict[str, Tensor]] = {}
+
+    def encode_prompts(prompts: list[str]) -> dict[str, Tensor]:
         for prompt in prompts:
             if prompt not in known:
-                known[prompt] = base.encode_prompt([prompt]).cpu()
-        return torch.cat([known[prompt] for prompt in prompts]).to(base.unet.device)
+                known[prompt] = {name: t.cpu() for name, t in encode_prompt(base, size, [prompt]).items()}
+        rows = [known[prompt] for prompt in prompts]
+        return {name: torch.cat([row[name] for row in rows]).to(base.device) for name in rows[0]}
 
-    return encode_prompt
+    return encode_prompts
 
 
 def controlled(
@@ -319,14 +357,14 @@ def controlled(
     condition: Condition,
     batch: Batch,
     chance: Sequence[Draw],
-    encode_prompt: Callable[[list[str]], Tensor],
+    encode_prompts: Callable[[list[str]], dict[str, Tensor]],
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
     prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
-    prompt_embeds = encode_prompt(prompts)
+    told = encode_prompts(prompts)
     kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
     control = condition.control(batch.targets).float() * kept[:, None, None, None]
-    return lambda x_t, timestep: unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds)
+    return lambda x_t, timestep: predict(base, controlnet, x_t, timestep, control, told)
 
 
 class Loader:
@@ -436,15 +474,27 @@ class Validation:
         )
         figures = score(self.condition, images, self.targets, cfg.train_batch_size)
         scalars = {f"validation/{name}": value for name, value in figures.items()}
-        losses, scores = [], []
+        losses, consistency, scores = [], [], []
         for rows in torch.arange(len(images)).split(cfg.train_batch_size):
             losses.append(self.diffusion(rows))
+            consistency.append(self.condition(images[rows], self.targets[rows]))
             if self.monitors:
                 scores.append(self.monitors(images[rows], [self.prompts[i] for i in rows]).values)
-        scalars["validation/diffusion"] = torch.cat(losses)
+        scalars["validation/diffusion"], scalars["validation/reward_loss"] = torch.cat(losses), torch.cat(consistency)
         for name in scores[0] if scores else ():
             scalars[f"monitor/{name}"] = torch.cat([part[name] for part in scores])
         return images, scalars
+
+    def summary(
+        self, step: int, images: Tensor, measured: dict[str, Tensor | float], start: dict[str, list[float]]
+    ) -> dict[str, Any]:
+        """As alignkit/early_stop.py has it."""
+        return {
+            "step": step,
+            "reward": -float(measured["validation/reward_loss"].mean()),
+            "diversity": diversity(coarse_features(images)),
+            "monitors": gains(measured, start),
+        }
 
     def diffusion(self, rows: Tensor) -> Tensor:
         """L_diffusion [b] at evenly spaced timesteps and fixed noise: the training's own is drowned in theirs."""
@@ -452,14 +502,20 @@ class Validation:
         timestep = ((rows + 0.5) / len(self.x_0) * schedule.num_train_timesteps).long().to(x_0.device)
         noise = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
         noise = noise.to(x_0)
-        prompt_embeds = self.base.encode_prompt([self.prompts[i] for i in rows])
+        told = encode_prompt(self.base, self.controls.shape[-2:], [self.prompts[i] for i in rows])
         x_t = schedule.add_noise(x_0, noise, timestep)
-        output = unet_predict(self.base.unet, self.controlnet, x_t, timestep, self.controls[rows], prompt_embeds)
+        output = predict(self.base, self.controlnet, x_t, timestep, self.controls[rows], told)
         return (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
 
 
 def export(
-    run: Run, cfg: Config, controlnet: ControlNetModel, condition: Condition, validation: Validation, images: Tensor
+    run: Run,
+    cfg: Config,
+    controlnet: ControlNetModel,
+    condition: Condition,
+    validation: Validation,
+    images: Tensor,
+    stopped: str | None,
 ) -> None:
     """The ControlNet, a strip of what it draws, the curves, and a card."""
     folder = run.output_dir
@@ -469,14 +525,16 @@ def export(
     extracted = condition.control(condition.extract(images[shown])).float()
     save_strip(folder / "strip.png", [control, images[shown], extracted, (extracted - control).abs()])
     columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(validation.prompts[shown]))
+    pipeline = validation.base.family.pipeline.__name__.replace("Pipeline", "ControlNetPipeline")
     reward = f"consistency reward of weight {cfg.reward_weight:g}" if cfg.reward_weight else "no reward"
     write_card(
         folder,
         title=f"ControlNet of {cfg.pretrained_model_name_or_path}: {cfg.condition.name}",
         description=(
-            f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987).\n\n"
-            "Load it with `ControlNetModel.from_pretrained(folder)` into a `StableDiffusionControlNetPipeline`. From "
-            "top to bottom: the control, the image, the control extracted from it by the training's own judge, the "
+            f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987)"
+            f"{f'; {stopped}' if stopped else ''}.\n\n"
+            f"Load it with `ControlNetModel.from_pretrained(folder)` into a `{pipeline}`. From top to "
+            "bottom: the control, the image, the control extracted from it by the training's own judge, the "
             f"difference of the two. The columns:\n\n{columns}"
         ),
         base_model=cfg.pretrained_model_name_or_path,
@@ -486,7 +544,7 @@ def export(
         tags=["controlnet", "controlnetpp"],
     )
     print(
-        f"finished\npicture:    {folder / 'strip.png'}\n"
+        f"{stopped or 'finished'}\npicture:    {folder / 'strip.png'}\n"
         f"curves:     {folder / 'curves.png'}\nControlNet: {folder / WEIGHTS}",
         flush=True,
     )

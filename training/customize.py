@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.utils import make_image_grid, numpy_to_pil
-from PIL.Image import Resampling
+from diffusers.utils import numpy_to_pil
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignkit.artifacts import atomic, read_events, remove, save_lora, write_card
+from alignkit.artifacts import atomic, read_events, remove, save_lora, save_strip, write_card
 from alignkit.base import Base, add_lora
 from alignkit.config import LoraConfig, RunConfig, command, free, to_dict
 from alignkit.customized import (
@@ -370,14 +369,11 @@ def export(run: Run, cfg: Config, base: Base, text: Text, base_fingerprint: str,
         method=cfg.method,
         phrase=cfg.phrase,
         class_noun=cfg.class_noun,
+        dummy=cfg.templates[0],
         base_model=cfg.pretrained_model_name_or_path,
         base_fingerprint=base_fingerprint,
     )
-    pictures = numpy_to_pil(torch.cat([before, after]).permute(0, 2, 3, 1).cpu().numpy())
-    zoom = max(1, 128 // pictures[0].width)
-    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
-    with atomic(folder / "before_after.png") as temporary:
-        make_image_grid(pictures, rows=2, cols=len(before)).save(temporary, "PNG")
+    save_strip(folder / "before_after.png", [before, after])
     columns = "\n".join(f"{i + 1}. {p} (seed {i})" for i, p in enumerate(validation_prompts(cfg, cfg.phrase)))
     write_card(
         folder,

@@ -33,15 +33,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.utils import make_image_grid, numpy_to_pil
-from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.artifacts import atomic, read_events, write_card
+from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.attention import context_bank
 from alignkit.base import Base
 from alignkit.concepts import Concept, Concepts, create, encode_contexts, tokenize, towers
+from alignkit.concepts.text import substitute
 from alignkit.config import RunConfig, command, free, to_dict
 from alignkit.data import ConceptImage, load_image, read_concept_images
 from alignkit.run import Run
@@ -132,7 +131,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the concept and its card."""
     run = Run(cfg, "neti")
     base = run.load_base()
-    base.require_family("StableDiffusionPipeline")
+    base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     if cfg.gradient_checkpointing:
         base.unet.train()  # where diffusers looks whether to; these models have no dropout
         base.unet.enable_gradient_checkpointing()
@@ -194,6 +193,7 @@ class Batch:
     timestep: Tensor
     weight: Tensor
     truncation: Tensor | None  # [b, L]
+    added: dict[str, Tensor]  # SDXL's text_embeds and time_ids
 
 
 class Data:
@@ -204,6 +204,7 @@ class Data:
         factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
         resolution = cfg.resolution or base.latent_shape()[1] * factor
         base.latent_shape(resolution, resolution)  # raises where it does not divide
+        self.resolution, self.conditions = resolution, {}
         self.images, self.odd = read_concept_images(cfg.train_data_dir, resolution, cfg.placeholder_token)
         for text in [*cfg.templates, *cfg.validation_prompts, *(i.caption for i in self.images if i.caption)]:
             self.tokens(named(text, cfg))  # raises where one is too long
@@ -245,7 +246,18 @@ class Data:
             samples.append((prompt, x_0, noise, timestep, self.weights[image, flip], truncation))
         prompts, *tensors = zip(*samples, strict=True)
         x_0, noise, timestep, weight, truncation = (torch.stack(t).to(run.device) for t in tensors)
-        return Batch(list(prompts), x_0, noise, timestep, weight, truncation if truncation.numel() else None)
+        truncation = truncation if truncation.numel() else None
+        return Batch(list(prompts), x_0, noise, timestep, weight, truncation, self.added(prompts))
+
+    def added(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """SDXL's pooled text, which reads the super-category in the placeholder's place, and sizes; else nothing."""
+        if len(self.towers) == 1:
+            return {}
+        for prompt in set(prompts) - self.conditions.keys():
+            plain = substitute(prompt, {self.concept.placeholder_token: self.concept.super_category_token})
+            self.conditions[prompt] = self.base.condition([plain], self.resolution, self.resolution)
+        names = ("text_embeds", "time_ids")
+        return {name: torch.cat([self.conditions[prompt][name] for prompt in prompts]) for name in names}
 
     def contexts(self, batch: Batch, nested_dropout: bool) -> Tensor:
         """[b, L, S, 2 D], with gradient to what is learnt."""
@@ -264,10 +276,15 @@ def named(text: str, cfg: Config) -> str:
     return text.replace("{}", cfg.placeholder_token)
 
 
+def predict(base: Base, x_t: Tensor, timestep: Tensor, contexts: Tensor, added: dict[str, Tensor]) -> Tensor:
+    """The network's output [b, C, h, w], inside a context bank."""
+    return base.forward(x_t, timestep, {"encoder_hidden_states": contexts, **added})
+
+
 def denoising_loss(base: Base, batch: Batch, contexts: Tensor) -> Tensor:
     """[b]: mean squared error of the network's prediction (DDPM, Ho et al. 2020, eq. 14), inside a context bank."""
     x_t = base.schedule.add_noise(batch.x_0, batch.noise, batch.timestep)
-    output = base.unet(x_t.to(contexts.dtype), batch.timestep, contexts).sample.float()
+    output = predict(base, x_t, batch.timestep, contexts, batch.added)
     target = base.schedule.target(batch.x_0, batch.noise, batch.timestep)
     return (batch.weight * F.mse_loss(output, target, reduction="none")).mean((1, 2, 3))
 
@@ -320,7 +337,7 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
     """The concept, its pictures, the strip of truncations, the curves, and a card."""
     folder = concept.save(run.output_dir)
     pictures = [folder / "validation.png"]
-    save_grid(draw(cfg, base, concept), len(cfg.validation_seeds), pictures[0])
+    save_strip(pictures[0], draw(cfg, base, concept).split(len(cfg.validation_seeds)))
     text = (
         f"Learnt from {len(data.images)} images of {cfg.train_data_dir} by `training/neti.py` (method {cfg.method})."
         f"\n\n```python\nwith alignkit.concepts.load(folder).applied(pipe):\n"
@@ -331,7 +348,7 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
         kept = truncations(cfg.mapper.hidden_size)
         strip = torch.stack([draw(cfg, base, concept, truncation, seeds=1) for truncation in kept], 1)
         pictures.append(folder / "truncation.png")
-        save_grid(strip.flatten(0, 1), len(kept), pictures[1])
+        save_strip(pictures[1], strip.unbind())
         text += f" The columns of the second keep {', '.join(map(str, kept))} hidden units."
     write_card(
         folder,
@@ -344,14 +361,6 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
         tags=["textual-inversion", cfg.method],
     )
     print(f"finished\npictures: {', '.join(map(str, pictures))}\nconcept:  {folder}", flush=True)
-
-
-def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    pictures = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
-    zoom = max(1, 128 // pictures[0].width)
-    pictures = [p.resize((zoom * p.width, zoom * p.height), Resampling.NEAREST) for p in pictures]
-    with atomic(path) as temporary:
-        make_image_grid(pictures, rows=len(pictures) // columns, cols=columns).save(temporary, "PNG")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,6 +41,7 @@ def towers(pipe: Any) -> list[Tower]:
 
     Raises ValueError for any other family.
     """
+    pipe = getattr(pipe, "pipe", pipe)
     if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
         raise ValueError(
             f"A {type(pipe).__name__} has no U-Net that reads text by cross-attention. Concepts work with SD 1.x, "
