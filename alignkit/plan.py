@@ -64,7 +64,7 @@ class Ledger(TorchDispatchMode):
         self.device_type = device_type
         self.live = 0
         self.phases: dict[str, Phase] = {}
-        self.enter("setup")
+        self.begin("setup")
         self._storages: dict[int, tuple[weakref.ref, int]] = {}
 
     def __enter__(self):
@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
         Ledger.active = None
         return super().__exit__(*error)
 
-    def enter(self, name: str) -> None:
+    def begin(self, name: str) -> None:
         """What comes now is a pass of this phase."""
         self.phase = self.phases.setdefault(name, Phase())
         self.phase.flops.append(0)
@@ -115,11 +115,11 @@ class Ledger(TorchDispatchMode):
                 self._see(tensor)
 
 
-def enter(phase: str) -> None:
+def begin(phase: str) -> None:
     """Tells the ledger that counts, if one does, that this phase of a training begins."""
     if Ledger.active:
         Ledger.active._find_untouched()
-        Ledger.active.enter(phase)
+        Ledger.active.begin(phase)
 
 
 class NoNumbers(TorchDispatchMode):

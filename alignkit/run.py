@@ -190,7 +190,7 @@ class Run:
             num_processes=self.num_processes,
             trained_parameters=sum(p.numel() for p in self.params.values()),
         )
-        plan.enter("validate")
+        plan.begin("validate")
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first. Each is complete, since it got its name only when it was."""
@@ -256,7 +256,7 @@ class Run:
                 self._updated, self._indices = False, []
                 self._seed(step)
                 self._started = time.perf_counter()
-                plan.enter("train")
+                plan.begin("train")
                 yield step
                 if not self._updated:
                     raise RuntimeError(f"step {step} ended without run.update()")
@@ -332,7 +332,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=False)
         self._updated = True
         self._updated_at = time.perf_counter()
-        plan.enter("validate")
+        plan.begin("validate")
         return grad_norm
 
     @property

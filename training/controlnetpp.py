@@ -227,7 +227,7 @@ def train(cfg: Config) -> Path:
                 batch.x_0,
                 noise.to(batch.x_0),
                 torch.stack([d.timestep for d in chance]).to(run.device),
-                torch.tensor([d.rewarded and weight > 0 for d in chance], device=run.device),
+                torch.tensor([d.rewarded and weight > 0 for d in chance]),
                 base.decode,
                 lambda images, rows, targets=batch.targets: condition(images, targets[rows]),
             )
@@ -279,7 +279,7 @@ def controlnet_losses(
     decode: Callable[[Tensor], Tensor],
     consistency_loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Losses:
-    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool.
+    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool (on the CPU).
 
     predict(x_t, timestep) is the denoiser with its control; decode(latents) -> images in [0, 1];
     consistency_loss(images, rows) compares them with the targets of these rows of the batch. Both see the rewarded
@@ -289,7 +289,7 @@ def controlnet_losses(
     output = predict(x_t, timestep)
     diffusion = (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
     reward, clamped = torch.zeros_like(diffusion), torch.zeros_like(diffusion)
-    rows = rewarded.nonzero().flatten()
+    rows = rewarded.nonzero().flatten().to(x_0.device)
     if len(rows):
         predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
         images = decode(predicted_x_0)
