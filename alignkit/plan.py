@@ -53,7 +53,7 @@ class Ledger(TorchDispatchMode):
     """Counts, inside its context, the bytes of the live storages of one type of device, and FLOPs.
 
     A multiplication with its addition is two FLOPs; matrix products, convolutions and attention count, nothing else.
-    Of weights that were there before, only what is made of them is counted. A run divides its time into phases:
+    Tensors from before it was entered are left out. A run divides its time into phases:
     "setup", "train" (from the start of a step to the end of its update) and "validate" (all else).
     """
 

@@ -97,6 +97,11 @@ def test_without_numbers_every_check_passes():
         assert (~x.isfinite()).nonzero().tolist() == []
 
 
+def test_half_precision_by_autocast_is_refused():
+    with plan.NoNumbers(), pytest.raises(ValueError, match="mixed_precision no"):
+        torch.autocast("meta", torch.bfloat16)
+
+
 @pytest.fixture
 def build(tmp_path):
     """Makes the config of a trainer for two steps of the tiny model."""

@@ -279,7 +279,7 @@ def controlnet_losses(
     decode: Callable[[Tensor], Tensor],
     consistency_loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Losses:
-    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool (on the CPU).
+    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool on the CPU.
 
     predict(x_t, timestep) is the denoiser with its control; decode(latents) -> images in [0, 1];
     consistency_loss(images, rows) compares them with the targets of these rows of the batch. Both see the rewarded
