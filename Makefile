@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # accelerate launch would give a CPU run a single thread.
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test world
+.PHONY: demo test world gpu-check
 
 # the trainer says at its end where the picture, the curves and the LoRA are
 demo: $(VENV)/.installed
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not slow"
+
+# A report that the owner of a GPU can send back; without a GPU, a sentence.
+gpu-check: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/gpu_check.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

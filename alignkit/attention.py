@@ -47,9 +47,9 @@ _EXECUTION_ORDER = ("down_blocks", "mid_block", "up_blocks")  # modules are regi
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
-def use_plain_attention(network: nn.Module) -> None:
+def use_plain_attention(network: nn.Module, device_type: str) -> None:
     """For training on a CPU, where the fused attention's backward takes twice the time; elsewhere, it does nothing."""
-    if network.device.type == "cpu" and isinstance(network, UNet2DConditionModel | ControlNetModel):
+    if device_type == "cpu" and isinstance(network, UNet2DConditionModel | ControlNetModel):
         network.set_attn_processor(AttnProcessor())
 
 

@@ -242,7 +242,7 @@ def load_base(
     configs = (config or _config_of_file(path)) if single_file else path
     family = family_of(configs)
     if random_init:
-        pipe = random_pipeline(configs, family, dtype, shrink)
+        pipe = random_pipeline(configs, family, dtype, shrink, "meta" if str(device) == "meta" else "cpu")
     elif single_file:
         pipe = _from_single_file(path, family, dtype, configs)
     else:

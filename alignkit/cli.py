@@ -172,6 +172,32 @@ def check_data(
         raise SystemExit(f"alignkit check: {states['error']} of {states['error'] + len(rows)} images cannot be used.")
 
 
+def plan(
+    config: str,
+    device: Literal["cuda", "cpu"] = "cuda",
+    trainer: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Predict the memory and the FLOPs of a training, without weights and without running it.
+
+    Args:
+        config: Of the training, such as configs/alignprop/sd15.yaml.
+        device: Where it is to run; nothing is computed there.
+        trainer: Its script; training/<folder of the config>.py unless given.
+        overrides: For the trainer, as is any option that is not one of these.
+    """
+    import subprocess
+
+    script = Path(trainer or f"training/{Path(config).absolute().parent.name}.py")
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"no trainer {script}: run this in a checkout of alignkit on a config in configs/<method>/, or say "
+            "--trainer training/<method>.py."
+        )
+    line = [sys.executable, str(script), "--config", config, "--estimate", device, *overrides]
+    raise SystemExit(subprocess.run(line).returncode)
+
+
 def convert_neti(mapper: str, output_dir: str, base_model: str = "CompVis/stable-diffusion-v1-4") -> Path:
     """Turn a mapper-steps-N.pt of the authors' NeTI code into a concept folder; nothing in the pickle is run.
 
@@ -248,6 +274,7 @@ COMMANDS: dict[str, Callable | dict] = {
         "manipulation": evaluate.manipulation,
         "personalization": personalization.evaluate,
     },
+    "plan": plan,
     "convert": {"checkpoint": convert, "lora": convert_lora, "neti": convert_neti},
     "mix": mix,
 }
@@ -259,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = ArgumentParser(prog="alignkit", version=__version__)
     _add_commands(parser, COMMANDS)
-    options = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(_overrides_of_plan(argv) if argv[:1] == ["plan"] else argv)
     command = COMMANDS
     while isinstance(command, dict):
         name = options.subcommand
@@ -282,6 +310,17 @@ def _add_commands(parser, commands: dict[str, Callable | dict]) -> None:
             _add_commands(child, command)
         else:
             _add_options(child, command)
+
+
+def _overrides_of_plan(argv: list[str]) -> list[str]:
+    """Each option that `plan` does not have itself, and its value, as --overrides=..."""
+    own = {f"--{name}" for name in inspect.signature(plan).parameters} | {"--help", "-h"}
+    passed, is_own = [argv[0]], True
+    for argument in argv[1:]:
+        if argument.startswith("-"):
+            is_own = argument.partition("=")[0] in own
+        passed.append(argument if is_own else f"--overrides={argument}")
+    return passed
 
 
 def _add_options(parser, command: Callable) -> None:

@@ -66,6 +66,8 @@ class RunConfig:
     """All randomness comes from (seed, step, sample index)."""
     dry_run: bool = free(False)
     """Measure two steps, print time and memory, write nothing."""
+    estimate: Literal["no", "cpu", "cuda"] = free("no")
+    """Predict memory and FLOPs on that device, compute and write nothing; implies dry_run and random_init."""
 
     max_train_steps: int = 1000
     """Optimizer updates in all. May grow when a run is resumed, which stretches a linear or cosine schedule."""
@@ -116,6 +118,8 @@ class RunConfig:
     """Repository to push to: OWNER/NAME, or NAME among one's own; null takes the name of output_dir."""
 
     def __post_init__(self):
+        if self.estimate != "no":
+            self.dry_run = self.random_init = True
         for name in (
             "max_train_steps",
             "train_batch_size",
@@ -187,7 +191,12 @@ def command(cls: type[T], train: Callable[[T], Any], argv: list[str] | None = No
     """A trainer from the command line: what its user can mend ends it in one line, with exit code 2 or 1."""
     cfg = parse(cls, argv)
     try:
-        train(cfg)
+        if cfg.estimate == "no":
+            train(cfg)
+        else:
+            from alignkit.plan import estimate
+
+            estimate(train, cfg)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 

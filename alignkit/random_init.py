@@ -27,8 +27,13 @@ ARCHITECTURES = {
 }
 
 
-def random_pipeline(path: str, family: Family, dtype: torch.dtype, shrink: int) -> DiffusionPipeline:
-    """The family's pipeline with random weights, always the same; `shrink` divides widths and keeps layers' names."""
+def random_pipeline(
+    path: str, family: Family, dtype: torch.dtype, shrink: int, device: str | torch.device = "cpu"
+) -> DiffusionPipeline:
+    """The family's pipeline with random weights, always the same; `shrink` divides widths and keeps layers' names.
+
+    `device`: "cpu", or "meta" for shapes alone.
+    """
     classes = family.components
     configs = {name: _load_config(cls, path, name) for name, cls in classes.items() if not name.startswith("tokenizer")}
     if shrink > 1:
@@ -36,7 +41,7 @@ def random_pipeline(path: str, family: Family, dtype: torch.dtype, shrink: int) 
             _narrow_widths(config, shrink)
         _reconnect(configs)
     parts = {name: _tokenizer(cls, path, name, configs) for name, cls in classes.items() if name not in configs}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(0)
         for name, config in configs.items():
             cls = classes[name]

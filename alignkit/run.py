@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alignkit import config
+from alignkit import config, plan
 from alignkit.artifacts import (
     atomic,
     check_hub_login,
@@ -117,7 +117,8 @@ class Run:
             log_with=None if cfg.report_to == "none" or cfg.dry_run else cfg.report_to,
             project_dir=self.output_dir,
         )
-        self.device = self.accelerator.device
+        self.device = torch.device("meta") if cfg.estimate != "no" else self.accelerator.device
+        self.device_type = self.device.type if cfg.estimate == "no" else cfg.estimate
         check_optimizer(cfg.optimizer, self.device)
         self.is_main = self.accelerator.is_main_process
         self.num_processes = self.accelerator.num_processes
@@ -159,7 +160,7 @@ class Run:
             random_init=cfg.random_init,
             shrink=cfg.shrink,
         )
-        use_plain_attention(base.network)
+        use_plain_attention(base.network, self.device_type)
         return base
 
     def prepare(
@@ -185,7 +186,9 @@ class Run:
             if self.num_processes > 1:
                 parameter.data.copy_(broadcast(parameter.data))
         self.optimizer = make_optimizer(cfg, list(self.params.values()))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=cfg.mixed_precision == "fp16" and cfg.estimate == "no"
+        )
         self.ema = {n: p.detach().clone() for n, p in self.params.items()} if cfg.use_ema else {}
 
         if self._saved:
@@ -202,6 +205,7 @@ class Run:
             num_processes=self.num_processes,
             trained_parameters=sum(p.numel() for p in self.params.values()),
         )
+        plan.begin("validate")
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first. Each is complete, since it got its name only when it was."""
@@ -267,12 +271,13 @@ class Run:
                 self._updated, self._indices = False, []
                 self._seed(step)
                 self._started = time.perf_counter()
+                plan.begin("train")
                 yield step
                 if not self._updated:
                     raise RuntimeError(f"step {step} ended without run.update()")
                 self.position = step + 1
                 bar.update()
-                stopped_by = int(self.gather(torch.tensor([self._signal], device=self.device)).max())
+                stopped_by = int(self.gather(torch.tensor([self._signal], device=self.accelerator.device)).max())
                 if not self.cfg.dry_run and (stopped_by or self.every(self.cfg.checkpointing_steps, step)):
                     self._save()
                 if stopped_by:
@@ -287,7 +292,7 @@ class Run:
         """
         size, count = self.cfg.train_batch_size, self.cfg.gradient_accumulation_steps
         first = step * self.global_batch + self.accelerator.process_index * size * count
-        for start in range(first, first + size * count, size):
+        for start in range(first, first + size * (count if self.cfg.estimate == "no" else 1), size):
             self._indices = list(range(start, start + size))
             self._seed(step, start)  # for what draws from the global generators, such as dropout
             yield self._indices
@@ -343,6 +348,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=False)
         self._updated = True
         self._updated_at = time.perf_counter()
+        plan.begin("validate")
         return grad_norm
 
     @property
@@ -590,7 +596,9 @@ class Run:
         if cfg.validation_steps:
             validations += math.ceil(cfg.max_train_steps / cfg.validation_steps)
         hours = (cfg.max_train_steps * update + validations * validation) / 3600
-        if self.is_main:
+        if cfg.estimate != "no":
+            print(plan.report(self, plan.Ledger.active), flush=True)
+        elif self.is_main:
             print(
                 f"dry run: {update:.2f} s a step, {validation:.2f} s a validation, {hours:.2f} h for "
                 f"{cfg.max_train_steps} steps and {validations} validations; {self._memory():.2f} GiB of memory; "

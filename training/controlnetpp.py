@@ -190,6 +190,7 @@ def train(cfg: Config) -> Path:
     if cfg.reward_weight:
         probe_condition(condition, *size, run.device)
     controlnet = make_controlnet(cfg, base)
+    use_plain_attention(controlnet, run.device_type)
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
     rewarded_snr = snr_range(cfg, base.schedule)
 
@@ -226,7 +227,7 @@ def train(cfg: Config) -> Path:
                 batch.x_0,
                 torch.stack(noise).to(batch.x_0),
                 torch.stack([d.timestep for d in chance]).to(run.device),
-                torch.tensor([d.rewarded and weight > 0 for d in chance], device=run.device),
+                torch.tensor([d.rewarded and weight > 0 for d in chance]),
                 base.decode,
                 lambda images, rows, targets=batch.targets: condition(images, targets[rows]),
                 cfg.snr_gamma,
@@ -280,7 +281,7 @@ def controlnet_losses(
     consistency_loss: Callable[[Tensor, Tensor], Tensor],
     snr_gamma: float | None = None,
 ) -> Losses:
-    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool.
+    """ControlNet++, eq. 3 to 9, for b samples: x_0 and noise [b, C, h, w], timestep [b], rewarded [b] bool on the CPU.
 
     predict(x_t, timestep) is the denoiser with its control; decode(latents) -> images in [0, 1];
     consistency_loss(images, rows) compares them with the targets of these rows of the batch. Both see the rewarded
@@ -292,7 +293,7 @@ def controlnet_losses(
     if snr_gamma:
         diffusion = diffusion * schedule.min_snr_weight(timestep, snr_gamma).to(diffusion)
     reward, clamped = torch.zeros_like(diffusion), torch.zeros_like(diffusion)
-    rows = rewarded.nonzero().flatten()
+    rows = rewarded.nonzero().flatten().to(x_0.device)
     if len(rows):
         predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
         images = decode(predicted_x_0)
@@ -433,7 +434,6 @@ def make_controlnet(cfg: Config, base: Base) -> ControlNetModel:
         controlnet = new_controlnet(base.unet, base.vae_scale_factor, cfg.seed)
     else:
         controlnet = load_controlnet(path, base.unet, base.vae_scale_factor)
-    use_plain_attention(controlnet)
     if cfg.gradient_checkpointing:
         for module in (controlnet, base.unet, base.vae):
             module.enable_gradient_checkpointing()

@@ -1,0 +1,223 @@
+"""alignkit/plan.py: what it predicts on the meta device against what the same training holds on the CPU."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from alignkit import cli, plan
+from alignkit.conditions import ConditionConfig
+from alignkit.rewards import RewardConfig
+from tests.benchmarks import gpu_check, real_size
+from tests.tiny import save_tiny_model
+from training import alignprop, controlnetpp, customize, neti
+
+MIB = 2**20
+TRAINERS = (alignprop, controlnetpp, neti, customize)
+
+
+def test_a_ledger_counts_storages_once_and_until_they_die():
+    with plan.Ledger("cpu") as ledger:
+        a = torch.zeros(256, 1024)  # 1 MiB
+        views = [a[1:], a.T, a.view(-1)]
+        assert ledger.live == MIB
+        b = a + 1
+        assert ledger.live == 2 * MIB
+        del a
+        assert ledger.live == 2 * MIB
+        del views
+        assert ledger.live == MIB
+        del b
+    assert ledger.live == 0 and ledger.phases["setup"].peak == 2 * MIB
+
+
+def test_what_was_there_before_is_not_counted():
+    before = torch.zeros(256, 1024)
+    with plan.Ledger("cpu") as ledger:
+        before.add_(1)
+        assert ledger.live == 0
+    del before
+    assert ledger.live == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_peak_of_a_chain_with_and_without_checkpoints(device, checkpointed):
+    """n squares keep n inputs; in n / k checkpoints of k, the inputs of those, and k at a time."""
+    blocks, squares = 8, 4
+
+    def block(x):
+        for _ in range(squares):
+            x = x.square()
+        return x
+
+    x = torch.zeros(256, 1024, device=device, requires_grad=True)
+    with plan.Ledger(device) as ledger:
+        y = x
+        for _ in range(blocks):
+            y = checkpoint(block, y, use_reentrant=False) if checkpointed else block(y)
+        held = ledger.live / MIB
+        y.sum().backward()
+    # the first input is x, which was there before; the last output is y
+    assert held == (blocks if checkpointed else blocks * squares)
+    highest = ledger.phases["setup"].peak / MIB
+    assert held < highest <= held + (squares + 4 if checkpointed else 4)
+
+
+def test_flops_of_a_product_and_its_gradients():
+    """2 m n k for the product, and as much for each of its two gradients."""
+    a = torch.zeros(3, 5, requires_grad=True)
+    b = torch.zeros(5, 7, requires_grad=True)
+    with plan.Ledger("cpu") as ledger:
+        (a @ b).sum().backward()
+    assert ledger.phases["setup"].flops == [3 * 2 * 3 * 5 * 7]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fused_attention_holds_no_scores(device):
+    """4 S^2 D FLOPs and no S^2 numbers, alike on both devices."""
+    batch, heads, length, width = 1, 2, 512, 8
+    shape = (batch, heads, length, width)
+    with plan.Ledger(device) as ledger, plan.NoNumbers():
+        query, key, value = (torch.zeros(shape, device=device) for _ in range(3))
+        nn.functional.scaled_dot_product_attention(query, key, value)
+    assert ledger.phases["setup"].flops == [4 * batch * heads * length**2 * width]
+    assert ledger.phases["setup"].peak < 4 * heads * length**2
+
+
+def test_without_numbers_every_check_passes():
+    with plan.NoNumbers():
+        x = torch.zeros(2, 3, device="meta")
+        low, high = x.aminmax()
+        assert low.isfinite() and not low < 0 and not high > 1
+        assert x.any() and float(x.mean()) == 1 and x.cpu().tolist() == [[1.0] * 3] * 2
+        assert (~x.isfinite()).nonzero().tolist() == []
+
+
+def test_half_precision_by_autocast_is_refused():
+    with plan.NoNumbers(), pytest.raises(ValueError, match="mixed_precision no"):
+        torch.autocast("meta", torch.bfloat16)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Makes the config of a trainer for two steps of the tiny model."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("one", "two"):
+        Image.effect_noise((16, 16), 64).convert("RGB").save(images / f"{name}.png")
+    (images / "metadata.jsonl").write_text(
+        '{"image": "one.png", "text": "a cat"}\n{"image": "two.png", "text": "a dog"}\n'
+    )
+    own = {
+        alignprop: {
+            "prompt_file": str(tmp_path / "prompts.txt"),
+            "rewards": [RewardConfig("compressibility")],
+            "num_validation_images": 2,
+        },
+        controlnetpp: {
+            "train_data_dir": str(images),
+            "condition": ConditionConfig("lineart"),
+            "reward_weight": 0.5,
+            "reward_timesteps": [0, 999],
+            "num_validation_images": 2,
+            "gradient_checkpointing": True,
+        },
+        neti: {
+            "train_data_dir": str(images),
+            "super_category_token": "a",
+            "mapper": neti.MapperConfig(hidden_size=8, num_frequencies=16),
+            "validation_prompts": ["a {}"],
+            "validation_seeds": [1],
+        },
+        customize: {"instance_data_dir": str(images), "class_noun": "a", "num_validation_images": 2},
+    }
+    model = save_tiny_model(tmp_path / "model")
+
+    def build(trainer, **fields):
+        defaults = {
+            "pretrained_model_name_or_path": model,
+            "random_init": True,
+            "num_inference_steps": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "use_ema": True,
+            "dry_run": True,
+            "report_to": "none",
+        }
+        return trainer.Config(output_dir=str(tmp_path / "run"), **{**defaults, **own[trainer], **fields})
+
+    return build
+
+
+def compare(build, trainer, **fields) -> None:
+    with plan.Ledger("cpu") as real, pytest.raises(SystemExit):
+        trainer.train(build(trainer, **fields))
+    predicted = plan.estimate(trainer.train, build(trainer, estimate="cpu", **fields))
+    assert predicted.phases.keys() == real.phases.keys() == {"setup", "train", "validate"}
+    for name in ("train", "validate"):
+        assert predicted.phases[name].peak == pytest.approx(real.phases[name].peak, rel=0.1), name
+        # NeTI's validation encodes a prompt once for each of its timesteps, which all are one without numbers
+        if (trainer, name) != (neti, "validate"):
+            assert predicted.phases[name].flops == real.phases[name].flops, name
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
+def test_prediction_equals_the_run(build, capsys, trainer):
+    compare(build, trainer)
+    report = capsys.readouterr().out
+    assert "on cpu (checked" in report and "peak of training" in report
+
+
+def test_prediction_equals_the_run_on_the_emoji_model(build):
+    fields = {"num_inference_steps": 1, "train_batch_size": 1, "num_validation_images": 1}
+    compare(build, alignprop, pretrained_model_name_or_path="emoji", **fields)
+
+
+def test_what_is_said_of_cuda_is_unverified(build, capsys):
+    plan.estimate(alignprop.train, build(alignprop, estimate="cuda"))
+    assert "on cuda (UNVERIFIED" in capsys.readouterr().out
+
+
+def test_command_starts_the_trainer_of_the_configs_folder(monkeypatch):
+    lines = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr("subprocess.run", lambda line, **_: lines.append(line) or Done)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", "--config", "configs/alignprop/sd15.yaml", "--device", "cpu", "--lora.rank", "8", "--x=-1"])
+    assert end.value.code == 0
+    config = ["--config", "configs/alignprop/sd15.yaml"]
+    assert lines == [
+        [sys.executable, "training/alignprop.py", *config, "--estimate", "cpu", "--lora.rank", "8", "--x=-1"]
+    ]
+
+
+def test_command_without_a_trainer():
+    with pytest.raises(SystemExit, match="no trainer training/none.py"):
+        cli.main(["plan", "--config", "configs/none/sd15.yaml"])
+
+
+def test_gradients_of_the_gpu_check_have_an_error_of_zero_on_the_cpu_itself(monkeypatch):
+    monkeypatch.setattr(gpu_check, "PRECISIONS", (torch.float32,))
+    (line,) = gpu_check.compare("cpu")
+    assert line == "torch.float32: relative error 0.00e+00, cosine 1.000000, finite True"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu_is_a_sentence(capsys):
+    gpu_check.main()
+    assert capsys.readouterr().out == "gpu-check: torch sees no CUDA GPU here, so there is nothing to check.\n"
+
+
+@pytest.mark.slow
+def test_real_size_fits_into_20_gb():
+    results = real_size.main([])
+    assert results.keys() == set(real_size.PARTS)
+    assert all(gib < 20e9 / 2**30 for _, gib in results.values())
