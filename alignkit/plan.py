@@ -69,7 +69,9 @@ class Ledger(TorchDispatchMode):
 
     def __enter__(self):
         self._find_untouched()
-        self._storages = {key: (reference, 0) for key, (reference, _) in self._storages.items()}
+        for key in list(self._storages):
+            if key in self._storages:  # the garbage collector may forget one at any time
+                self._storages[key] = (self._storages[key][0], 0)
         self.live = self.phase.peak = 0
         Ledger.active = self
         return super().__enter__()

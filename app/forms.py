@@ -7,7 +7,6 @@ as everywhere in configs.
 import ast
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from app import jobs, safety
@@ -48,15 +47,16 @@ class Setting:
 @functools.cache
 def settings(method: str) -> dict[str, Setting]:
     """All of a trainer's settings by dotted key, but for its lists and free blocks."""
-    classes: dict[str, ast.ClassDef] = {}
-    for file in (jobs.ROOT / "alignkit" / "config.py", jobs.ROOT / "training" / f"{method}.py"):
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-        classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    return {**_of_class(classes["RunConfig"], classes), **_of_class(classes["Config"], classes)}
+    files = [*sorted((jobs.ROOT / "alignkit").glob("*.py")), jobs.ROOT / "training" / f"{method}.py"]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    return _of_class(classes["Config"], classes)
 
 
 def _of_class(node: ast.ClassDef, classes: dict[str, ast.ClassDef], prefix: str = "") -> dict[str, Setting]:
     found = {}
+    for base in reversed(node.bases):
+        found |= _of_class(classes[ast.unparse(base)], classes, prefix) if ast.unparse(base) in classes else {}
     for field, below in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(field, ast.AnnAssign):
             continue

@@ -195,7 +195,7 @@ def test_the_loss_is_the_mean_squared_error_where_the_mask_is_white(config, imag
     contexts = data.contexts(batch, nested_dropout=False).detach()
 
     class Zero(nn.Module):
-        def forward(self, x_t, timestep, contexts):
+        def forward(self, x_t, timestep, contexts, added_cond_kwargs=None):
             return type("Output", (), {"sample": torch.zeros_like(x_t)})
 
     base.pipe.register_modules(unet=Zero())

@@ -201,7 +201,7 @@ def other_segmenter(name: str, widths: tuple, seed: int, steps: int, degraded: d
     )
     model = UperNetForSemanticSegmentation(
         UperNetConfig(
-            backbone_config=backbone, hidden_size=32, pool_scales=[1, 2, 4], use_auxiliary_head=False,
+            backbone_config=backbone, hidden_size=28, pool_scales=[1, 2, 4], use_auxiliary_head=False,
             id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
         )
     )  # fmt: skip
@@ -233,7 +233,7 @@ def depth(name: str, widths: tuple, seed: int, steps: int, degraded: degrade.Deg
         GLPNConfig(
             num_encoder_blocks=4, depths=[1, 1, 1, 1], sr_ratios=[4, 2, 1, 1], hidden_sizes=list(widths),
             patch_sizes=[7, 3, 3, 3], strides=[4, 2, 2, 2], num_attention_heads=[1, 2, 4, 4], mlp_ratios=[2, 2, 2, 2],
-            decoder_hidden_size=24, max_depth=1, drop_path_rate=0.0,
+            decoder_hidden_size=16, max_depth=1, drop_path_rate=0.0,
         )
     )  # fmt: skip
 
@@ -251,7 +251,7 @@ def other_depth(name: str, widths: tuple, seed: int, steps: int, degraded: degra
         DPTConfig(
             image_size=scenes.SIZE, patch_size=8, hidden_size=hidden_size, num_hidden_layers=4, num_attention_heads=4,
             intermediate_size=2 * hidden_size, backbone_out_indices=[0, 1, 2, 3], reassemble_factors=[2, 1, 0.5, 0.25],
-            neck_hidden_sizes=neck, fusion_hidden_size=16, readout_type="add", use_auxiliary_head=False,
+            neck_hidden_sizes=neck, fusion_hidden_size=12, readout_type="add", use_auxiliary_head=False,
         )
     )  # fmt: skip
 
@@ -285,12 +285,12 @@ def train(
 
 JUDGES = {  # function, widths, seed, steps
     "training/counter": (counter, (24, 48, 72), 41, 1000),
-    "training/segmenter": (segmenter, (24, 40, 64, 96), 42, 1300),
+    "training/segmenter": (segmenter, (24, 40, 64, 96), 42, 4000),
     "evaluator/reader": (reader, (32, 80, 144), 43, 4000),
     "identity/reader": (identity, (24, 64, 112), 44, 1500),
-    "training/depth": (depth, (16, 32, 48, 64), 46, 1500),
-    "evaluator/segmenter": (other_segmenter, (24, 40, 56, 64), 47, 2000),
-    "evaluator/depth": (other_depth, (48, 16, 24, 32, 32), 48, 1500),
+    "training/depth": (depth, (12, 20, 32, 40), 46, 1500),
+    "evaluator/segmenter": (other_segmenter, (24, 32, 40, 48), 47, 2500),
+    "evaluator/depth": (other_depth, (32, 8, 12, 16, 24), 48, 1500),
     "monitor/counter": (counter, (16, 40, 64), 45, 700),
 }
 

@@ -102,7 +102,7 @@ def main(steps: int, warm_start: bool, seed: int = 31) -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=19_000)
+    parser.add_argument("--steps", type=int, default=30_000)
     parser.add_argument(
         "--warm_start", action="store_true", help="where there is no checkpoint, from the shipped weights"
     )
