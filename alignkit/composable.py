@@ -7,13 +7,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from alignkit.artifacts import LORA_WEIGHTS
+from alignkit.artifacts import LORA_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from alignkit.composed import Composed, Lora, compose
 from alignkit.concepts import EMBEDS_FILE, MAPPER_FILE
-from alignkit.customized import CONCEPT, CUSTOM_DIFFUSION_WEIGHTS
+from alignkit.customized import CONCEPT, CUSTOM_DIFFUSION_WEIGHTS, lora_file
 
-CONCEPT_PARTS = (CONCEPT, "config.json", MAPPER_FILE, EMBEDS_FILE, LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS,
-                 "unet", "text_encoder")  # fmt: skip
+CONCEPT_PARTS = (CONCEPT, "config.json", MAPPER_FILE, EMBEDS_FILE, LORA_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG,
+                 CUSTOM_DIFFUSION_WEIGHTS, "unet", "text_encoder")  # fmt: skip
 
 
 class Composable:
@@ -43,8 +43,8 @@ class Composable:
         loras = {name: (str(_found(path, home)), float(weight)) for name, (path, weight) in loras.items()}
         given = [concept | {"path": str(_found(concept["path"], home))} for concept in given]
         self.composed = compose(self._stock(), loras=loras, controlnet=controlnet, concepts=given)
-        # dicts, since diffusers takes lists in this file for components
-        self.register_to_config(loras=loras, concepts={str(i): concept for i, concept in enumerate(given)})
+        # dicts, since diffusers takes lists in this file for components; None, as it cannot read an empty one
+        self.register_to_config(loras=loras or None, concepts={str(i): one for i, one in enumerate(given)} or None)
 
     def _home(self) -> Path | None:
         """The folder that this pipeline is loaded from, which only its modules know while it is made."""
@@ -69,21 +69,24 @@ class Composable:
         Stock pipelines read the base from it, as they would from any folder. ValueError when a file that was loaded is
         not there any more.
         """
-        folder, loras, concepts = Path(save_directory), self.config["loras"], self.config["concepts"]
+        folder, loras, concepts = Path(save_directory), self.config["loras"] or {}, self.config["concepts"] or {}
         files = [path for path, _ in loras.values()] + [concept["path"] for concept in concepts.values()]
         gone = [file for file in files if not Path(file).exists()]
         if gone:
             raise ValueError(f"{gone[0]} is not there any more, so it cannot be saved with the pipeline.")
         for name, (path, _) in loras.items():
-            file = Path(path) / LORA_WEIGHTS if Path(path).is_dir() else Path(path)
-            _copy(file, folder / "loras" / name / LORA_WEIGHTS)
+            file, target = lora_file(path), folder / "loras" / name
+            _copy(file, target / (PEFT_WEIGHTS if file.name == PEFT_WEIGHTS else LORA_WEIGHTS))
+            if file.name == PEFT_WEIGHTS:
+                _copy(file.with_name(PEFT_CONFIG), target / PEFT_CONFIG)
         for number, concept in concepts.items():
             path, target = Path(concept["path"]), folder / "concepts" / number
             if path.is_dir():
                 for part in CONCEPT_PARTS:
                     _copy(path / part, target / part)
-            else:
-                _copy(path, target / path.name)
+            else:  # with what is read beside it
+                for part in (path.name, PEFT_CONFIG, EMBEDS_FILE):
+                    _copy(path.with_name(part), target / part)
         saved = {
             "loras": {name: [f"loras/{name}", weight] for name, (_, weight) in loras.items()},
             "concepts": {
@@ -92,6 +95,7 @@ class Composable:
                 for number, concept in concepts.items()
             },
         }
+        saved = {name: parts or None for name, parts in saved.items()}
         controlnet = self.controlnet
         self.composed.unload()  # a network with adapters in it cannot be saved
         try:

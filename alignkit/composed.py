@@ -279,7 +279,7 @@ class Composed:
             if reward is not None:
                 first = int(torch.randint(2**31, ())) if seed is None else seed
                 output_type = options.pop("output_type", "pil")
-                pictures, drawn["seeds"], drawn["rewards"] = draw_best(
+                pictures, drawn["seeds"], drawn["rewards"], drawn["nsfw_content_detected"] = draw_best(
                     pipe, prompt, first, images * len(asked), search, options
                 )
                 return Drawn(_converted(pipe, pictures, output_type), **drawn)

@@ -208,14 +208,22 @@ def changes_weights(path: str | Path) -> bool:
     path = Path(path)
     if (path / CONCEPT).is_file() or (path / "unet").is_dir():
         return True
-    file = next((path / name for name in (LORA_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS) if (path / name).is_file()), path)
+    names = (LORA_WEIGHTS, PEFT_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS)
+    file = next((path / name for name in names if (path / name).is_file()), path)
     return file.is_file() and any("lora" in key or "_custom_diffusion" in key for key in load_tensors(file))
+
+
+def lora_file(path: str | Path) -> Path:
+    """The weights in a LoRA's folder, as diffusers or PEFT calls them, or the file itself."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else LORA_WEIGHTS)
 
 
 def load_lora_file(pipe: Any, path: str | Path, adapter_name: str = "default") -> None:
     """A LoRA of the network, of the text encoders, or of both, into a stock pipeline. ValueError as `load_lora`."""
-    path = Path(path)
-    file = path / LORA_WEIGHTS if path.is_dir() else path
+    file = lora_file(path)
     if any(key.startswith(("text_encoder", "lora_te")) for key in load_tensors(file)):
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
     else:

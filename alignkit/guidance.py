@@ -107,6 +107,8 @@ def steer(
     """
     alpha, sigma = (float(c) for c in schedule.alpha_sigma(timestep))
     norm = _norm(gradient)
+    if not norm.isfinite().all():
+        raise ValueError("The gradient of the reward is not finite: take a smaller reward_scale or float32.")
     direction = torch.where(norm > 0, gradient / norm.clamp(min=1e-30), 0) * gradient[0].numel() ** 0.5
     factor = scale * sigma / (1 if schedule.prediction_type == "epsilon" else alpha)
     return model_output - factor * direction.to(model_output.dtype)
@@ -246,35 +248,45 @@ class RewardSearch:
 
 def draw_best(
     pipe: Any, prompt: Any, seed: int, number: int, search: RewardSearch, options: Mapping[str, Any]
-) -> tuple[Tensor, list[int], Tensor]:
-    """`number` images [B, 3, H, W] in [0, 1] of the prompts, their seeds and their rewards [B].
+) -> tuple[Tensor, list[int], Tensor, list[bool] | None]:
+    """`number` images [B, 3, H, W] in [0, 1] of the prompts, their seeds, rewards [B] and what a safety checker says.
 
-    Image i is the best of those from the seeds seed + best_of * i, ..., seed + best_of * i + best_of - 1.
+    Image i is the best of those from the seeds seed + best_of * i, ..., seed + best_of * i + best_of - 1. One that a
+    safety checker objects to is taken only where there is no other; its reward is -inf.
     """
     rounds = []
     for k in range(search.best_of):
         seeds = [seed + search.best_of * i + k for i in range(number)]
-        images = _draw_once(pipe, prompt, seeds, search, options)
+        output = _draw_once(pipe, prompt, seeds, search, options)
+        flagged = getattr(output, "nsfw_content_detected", None)
         with torch.no_grad():
-            rounds.append((images, seeds, search.score(images.float().clamp(0, 1))))
-    images, seeds, rewards = zip(*rounds, strict=True)
+            rewards = search.score(output.images.float().clamp(0, 1))
+        if flagged:
+            rewards = rewards.masked_fill(torch.tensor(flagged, device=rewards.device), -torch.inf)
+        rounds.append((output.images, seeds, rewards, flagged))
+    images, seeds, rewards, flagged = zip(*rounds, strict=True)
     best = torch.stack(rewards).max(0)
     chosen = list(enumerate(best.indices.tolist()))
-    return torch.stack([images[k][i] for i, k in chosen]), [seeds[k][i] for i, k in chosen], best.values
+    return (
+        torch.stack([images[k][i] for i, k in chosen]),
+        [seeds[k][i] for i, k in chosen],
+        best.values,
+        [flagged[k][i] for i, k in chosen] if flagged[0] else None,
+    )
 
 
-def _draw_once(pipe: Any, prompt: Any, seeds: list[int], search: RewardSearch, options: Mapping[str, Any]) -> Tensor:
+def _draw_once(pipe: Any, prompt: Any, seeds: list[int], search: RewardSearch, options: Mapping[str, Any]) -> Any:
     def fresh() -> dict[str, Any]:
         return {**options, "generator": generators(seeds), "output_type": "pt"}
 
     if search.ascent.steps:
         x_T, _ = best_noise(pipe, prompt, search.score, search.ascent, fresh)
         with starting_from(pipe, lambda _: x_T):
-            return pipe(prompt, **fresh()).images
+            return pipe(prompt, **fresh())
     if search.scale:
         with with_gradient(pipe) as call, steered(pipe, search.score, search.scale):
-            return call(prompt, **fresh()).images
-    return pipe(prompt, **fresh()).images
+            return call(prompt, **fresh())
+    return pipe(prompt, **fresh())
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from alignkit.artifacts import atomic, remove
+from alignkit.artifacts import atomic
 from alignkit.controls import METADATA, check_folder
 from alignkit.data import check_concept, read_prompts
 from app import safety
@@ -74,10 +74,3 @@ def sets(folder: Path, method: str) -> list[str]:
     """Names of the sets that a trainer can use."""
     wanted = {"alignprop": PROMPTS, "controlnetpp": METADATA}.get(method, "001.png")
     return sorted(path.parent.name for path in folder.glob(f"*/{wanted}") if safety.NAME.fullmatch(path.parent.name))
-
-
-def delete(folder: Path, name: str) -> None:
-    path = safety.inside(folder, name)
-    if not path.is_dir():
-        raise ValueError(f"There is no set {name}.")
-    remove(path)

@@ -91,6 +91,8 @@ def attention(
 
     settings.check()
     settings = replace(settings, concepts=[], controlnet=None, alignit=False)
+    with models.lock:  # loading a LoRA exchanges the projections that are listened to
+        models.composed(settings) if settings.loras else models.plain(settings.base)
     network = models.base(settings.base).unet
     with record_attention(network) as record:
         picture = draw(models, settings, tell=tell, stop=stop)

@@ -119,6 +119,8 @@ def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases:
 
     `root`: where the trainers run, from which relative names lead.
     """
+    if config.get("push_to_hub") or config.get("hub_model_id"):
+        raise ValueError("push_to_hub: what is sent to others is sent from the command line.")
     if "config" in config:
         raise ValueError("config: a config names no other one here.")
     if config.get("report_to", "none") not in TRACKERS:
@@ -135,7 +137,7 @@ def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases:
             if ":" in value and "/" not in value:
                 raise ValueError(f"{path}: code of one's own is for the command line; got {value!r}.")
             target = (root / value).resolve()
-            if not any(target.is_relative_to(folder.resolve()) for folder in folders):
+            if key not in PATHS or not any(target.is_relative_to(folder.resolve()) for folder in folders):
                 raise ValueError(f"{path}: only files of this page's own folders can be named here, got {value!r}.")
 
 
@@ -151,6 +153,8 @@ def leaves(config: Any, key: str = "", path: str = "") -> Iterator[tuple[str, st
             yield from leaves(value, key, path)
     elif isinstance(config, str):
         yield key, path, config
+    elif not isinstance(config, int | float | None):  # dates, sets and bytes, which YAML has too
+        raise ValueError(f"{path}: expected text, a number, true or false, got {type(config).__name__}.")
 
 
 # Passwords

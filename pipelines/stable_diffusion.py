@@ -43,7 +43,7 @@ class StableDiffusionComposedPipeline(Composable, StableDiffusionPipeline):
         controlnet: ControlNetModel | None = None,
         requires_safety_checker: bool = False,
         loras: Mapping[str, Any] | None = None,
-        concepts: Sequence[Any] | None = None,
+        concepts: Sequence[Any] | Mapping[str, Any] | None = None,
     ):
         super().__init__(
             vae=vae,

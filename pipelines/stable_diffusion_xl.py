@@ -49,7 +49,7 @@ class StableDiffusionXLComposedPipeline(Composable, StableDiffusionXLPipeline):
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
         loras: Mapping[str, Any] | None = None,
-        concepts: Sequence[Any] | None = None,
+        concepts: Sequence[Any] | Mapping[str, Any] | None = None,
     ):
         super().__init__(
             vae=vae,

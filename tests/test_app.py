@@ -165,6 +165,8 @@ def test_pictures_with_captions_become_a_set_for_controlnets(tmp_path):
         {"monitors": [{"args": {"deep": [["~/x"]]}}]},
         {"pretrained_model_name_or_path": "someone/model"},
         {"report_to": "wandb"},
+        {"push_to_hub": True},
+        {"seed": b"1"},
         {"config": "other.yaml"},
         {"/etc/passwd": 1},
     ],
@@ -172,6 +174,13 @@ def test_pictures_with_captions_become_a_set_for_controlnets(tmp_path):
 def test_configs_that_reach_out_are_refused(tmp_path, config):
     with pytest.raises(ValueError):
         safety.check_config(config, ROOT, [ROOT / "configs", tmp_path], {"emoji"})
+
+
+@pytest.mark.parametrize("key", ["lora", "condition", "early_stop", "seed"])
+def test_a_file_stands_only_where_files_are_asked_for(tmp_path, key):
+    """The trainers' parser would read a block from it, unseen by these checks."""
+    with pytest.raises(ValueError, match=key):
+        safety.check_config({key: str(tmp_path / "prompts.txt")}, ROOT, [tmp_path], {"emoji"})
 
 
 def test_configs_of_ones_own_data_are_taken(tmp_path):

@@ -106,6 +106,16 @@ def test_saved_and_loaded_it_draws_the_same(world, tmp_path):
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("part", [None, "loras", "concepts"])
+def test_one_part_or_none_is_saved_and_loaded(world, tmp_path, part):
+    file, folder = world
+    pipe = load(file, folder / "model", **{part: all_parts(folder)[part]} if part else {})
+    pipe.save_pretrained(tmp_path / "saved")
+    again = load(file, tmp_path / "saved")
+    prompt = PROMPT if part == "concepts" else "a hat"
+    assert torch.equal(again(prompt, seed=3, **SETTINGS).images, pipe(prompt, seed=3, **SETTINGS).images)
+
+
 FRESH = """
 import sys, torch
 from diffusers import DiffusionPipeline

@@ -52,23 +52,23 @@ def _racer(config: str, updates: tuple[int, ...], scored: int = 1, **plan) -> Ar
 
 SHORT = (5, 10, 20, 30, 45, 60)  # updates of 16 images
 ARMS = {
-    "aesthetic": Arm("alignprop/emoji"),
+    "aesthetic": Arm("alignprop/emoji_aesthetic"),
     "alignment on pairs": Arm("alignprop/emoji_pairs", prompts="pairs"),
     "exactly three": Arm("alignprop/emoji_three", prompts="three"),
     "alignment": Arm("alignprop/emoji_alignment"),
-    "aesthetic + alignment": Arm("alignprop/emoji_sum"),
+    "the demo: aesthetic + alignment": Arm("alignprop/emoji"),
     "control: detached reward": Arm(
-        "alignprop/emoji",
+        "alignprop/emoji_aesthetic",
         {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic", "loss": "hinge", "target": 2.2}]'},
     ),
     "control: shuffled prompts": Arm(
         "alignprop/emoji_alignment", {"rewards": '[{"name": "tests.benchmarks.controls:ShuffledAlignment"}]'}
     ),
-    "AlignProp": _racer("alignprop/emoji", SHORT),
-    "DRaFT-1": _racer("alignprop/emoji", SHORT, name="draft_k", settings="{k: 1}"),
-    "DRaFT-LV": _racer("alignprop/emoji", SHORT, 3, name="draft_lv", settings="{copies: 2}"),
-    "ReFL": _racer("alignprop/emoji", SHORT, name="refl", settings="{}"),
-    "DRTune": _racer("alignprop/emoji", SHORT, name="drtune", settings="{}"),
+    "AlignProp": _racer("alignprop/emoji_aesthetic", SHORT),
+    "DRaFT-1": _racer("alignprop/emoji_aesthetic", SHORT, name="draft_k", settings="{k: 1}"),
+    "DRaFT-LV": _racer("alignprop/emoji_aesthetic", SHORT, 3, name="draft_lv", settings="{copies: 2}"),
+    "ReFL": _racer("alignprop/emoji_aesthetic", SHORT, name="refl", settings="{}"),
+    "DRTune": _racer("alignprop/emoji_aesthetic", SHORT, name="drtune", settings="{}"),
     "DDPO": _racer("ddpo/emoji", (16, 32, 64, 128, 256)),  # to 4,096 images
 }
 
