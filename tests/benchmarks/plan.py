@@ -1,7 +1,7 @@
 """`alignkit plan` against the bytes of live tensors of the same training on the CPU; prints the table of docs/plan.md.
 
-    python tests/benchmarks/plan.py                  # the emoji world and SD 1.5's size; minutes on two cores
-    python tests/benchmarks/plan.py --model emoji
+    python -m tests.benchmarks.plan                  # the emoji world and SD 1.5's size; minutes on two cores
+    python -m tests.benchmarks.plan --model emoji
 
 Two steps of AlignProp and a validation, the last two of three denoising steps with gradient, predicted and measured in
 a process each; the highest resident memory of the measured one stands beside it.
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def figures_of(model: str, estimate: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--model", model, "--run", estimate]
+    command = [sys.executable, "-m", "tests.benchmarks.plan", "--model", model, "--run", estimate]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
