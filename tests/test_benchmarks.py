@@ -27,8 +27,8 @@ def test_every_cell_is_a_command_that_its_trainer_understands(arm, tmp_path, mon
 def test_the_race_trains_on_one_thing():
     """Base, rewards, prompts, steps, guidance and LoRA of DDPO are AlignProp's."""
     one, two = (
-        parse(trainer.Config, ["--config", str(ROOT / "configs" / f"{name}/emoji.yaml")])
-        for name, trainer in (("alignprop", alignprop), ("ddpo", ddpo))
+        parse(trainer.Config, ["--config", str(ROOT / "configs" / f"{ARMS[arm].config}.yaml")])
+        for arm, trainer in (("AlignProp", alignprop), ("DDPO", ddpo))
     )
     for name in ("pretrained_model_name_or_path", "rewards", "prompt_file", "num_inference_steps", "guidance_scale"):
         assert getattr(one, name) == getattr(two, name)
