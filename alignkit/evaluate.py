@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 from alignkit.emoji import WEIGHTS_DIR
@@ -60,6 +61,7 @@ def reward(
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
     seed: int = 0,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     results: str | None = None,
 ) -> list[dict]:
     """Compare LoRAs with the base on the same prompts and the same noise, by the evaluator.
@@ -72,34 +74,54 @@ def reward(
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
         seed: Of the noise: image i starts from seed + i.
+        dtype: Precision of the model that draws; bfloat16 is twice as fast on CPUs that have it.
         results: JSONL file to append one line per LoRA to.
     """
-    from alignkit.artifacts import load_lora
-    from alignkit.base import load_base
     from alignkit.emoji import measure
-    from alignkit.emoji.evaluator import Evaluator
 
-    asked = prompt_set(prompts, unseen=not trained_prompts)
-    asked = [asked[i % len(asked)] for i in range(number)]
-    settings = {"seed": seed, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    evaluator, rows, reference = Evaluator(), [], None
-    for name in ("base", *lora):
-        base = load_base("emoji")
-        if name != "base":
-            load_lora(base.unet, name)
-        images = measure.draw(base, [p.prompt for p in asked], **settings)
-        scores = score(evaluator, prompts, asked, images)
-        reference = reference or scores
-        row = {
-            "model": name, "prompts": prompts, "held_out": not trained_prompts, "number": number, **settings,
-            "world_hash": measure.world_hash(), **summary(scores, reference),
-        }  # fmt: skip
+    settings = {
+        "prompts": prompts, "held_out": not trained_prompts, "number": number, "seed": seed,
+        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
+    }  # fmt: skip
+    reference, rows = _score_base(**settings), []
+    for name in (None, *lora):
+        scores = _draw_and_score(name, **settings) if name else reference
+        row = {"model": name or "base", **settings, "world_hash": measure.world_hash(), **summary(scores, reference)}
         rows.append(row)
         print(json.dumps(row, indent=1))
         if results and name != "base":
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"base": rows[0], "lora": row}) + "\n")
     return rows
+
+
+@cache  # drawn once for all that is compared with it in a process
+def _score_base(**settings) -> dict:
+    return _draw_and_score(None, **settings)
+
+
+def _draw_and_score(
+    lora: str | None, prompts: str, held_out: bool, number: int, seed: int, num_inference_steps: int,
+    guidance_scale: float, dtype: str,
+) -> dict:  # fmt: skip
+    """Scores of a LoRA's images or the base's, as of `score`."""
+    import torch
+
+    from alignkit.artifacts import load_lora
+    from alignkit.base import load_base
+    from alignkit.emoji import measure
+    from alignkit.emoji.evaluator import Evaluator
+
+    asked = prompt_set(prompts, unseen=held_out)
+    asked = [asked[i % len(asked)] for i in range(number)]
+    base = load_base("emoji", dtype=getattr(torch, dtype))
+    if lora:
+        load_lora(base.unet, lora)
+    images = measure.draw(
+        base, [p.prompt for p in asked], seed=seed, num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    )  # fmt: skip
+    return score(Evaluator(), prompts, asked, images)
 
 
 EVALUATION_SEED = 2_000_000  # of the first evaluation scene; validations during training start at another
@@ -121,6 +143,7 @@ def controllability(
     seed: int = 0,
     batch_size: int = 16,
     device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     results: str | None = None,
 ) -> list[dict]:
     """Compare ControlNets by what can be read off their images again, on the same controls, prompts and noise.
@@ -143,6 +166,7 @@ def controllability(
         seed: Of the noise: image i starts from seed + i.
         batch_size: Images drawn at once.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
+        dtype: Precision of the base that draws.
         results: JSONL file to append one line per row to.
     """
     import torch
@@ -159,7 +183,8 @@ def controllability(
     model = evaluator or EVALUATORS.get(condition)
     judge = build_condition(condition, evaluator=True, **({"model": model} if model else {})).to(device)
     data = open_controls(data_dir, judge)
-    encoder, loaded = ClipEncoder(resolve(clip)).to(device), load_base(base, device=device)
+    encoder = ClipEncoder(resolve(clip)).to(device)
+    loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
     _, height, width = loaded.latent_shape()
     size = (height * loaded.vae_scale_factor, width * loaded.vae_scale_factor)
     number = number if data.size is None else min(number, data.size)
@@ -181,7 +206,7 @@ def controllability(
     shared = {
         "condition": condition, "evaluator": model or condition, "clip": clip, "base": base, "data": data_dir,
         "number": number, "seed": seed, "scheduler": "DDIM", "height": size[0], "width": size[1],
-        "controlnet_conditioning_scale": controlnet_conditioning_scale, **settings,
+        "controlnet_conditioning_scale": controlnet_conditioning_scale, "dtype": dtype, **settings,
     }  # fmt: skip
     if base == "emoji":
         shared["world_hash"] = measure.world_hash()

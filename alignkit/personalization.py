@@ -33,6 +33,7 @@ def evaluate(
     truncation: int | None = None,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output_dir: str | None = None,
     results: str | None = None,
 ) -> list[dict]:
@@ -52,9 +53,12 @@ def evaluate(
         truncation: Units of the mapper that are kept.
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
+        dtype: Precision of the model that draws.
         output_dir: Folder for a grid of pictures of each concept: a row a prompt, a column a seed.
         results: JSONL file to append one line per concept to.
     """
+    import torch
+
     from alignkit.artifacts import save_strip
     from alignkit.base import load_base
     from alignkit.concepts import load
@@ -69,12 +73,12 @@ def evaluate(
     if any("{}" not in text for text in texts):
         raise ValueError(f"prompts: expected {{}} in the placeholder's place in every line of {prompts}.")
     loaded = [load(path) for path in concept]
-    base = load_base(model)
+    base = load_base(model, dtype=getattr(torch, dtype))
     for one in loaded:
         one.concepts[0].check(base)
     scorer, rows = _Scorer(evaluator, dino), []
     settings = {"seeds": seeds, "truncation": truncation, "num_inference_steps": num_inference_steps}
-    settings |= {"guidance_scale": guidance_scale, "protocol": protocol, "evaluator": scorer.name}
+    settings |= {"guidance_scale": guidance_scale, "dtype": dtype, "protocol": protocol, "evaluator": scorer.name}
     for name, one, folder in zip(concept, loaded, images, strict=True):
         drawn = draw_concept(base, one, texts, seeds, truncation, num_inference_steps, guidance_scale)
         real = real_images(folder, drawn.shape[-1])

@@ -85,6 +85,7 @@ def train(customiser: str, tier: str, number: int) -> Path:
     pictures = concepts.write(concept, folder / "pictures", seed=number)
     command = [sys.executable, f"training/{trainer}.py", "--config", f"configs/{config}.yaml"]
     command += ["--output_dir", str(folder), "--validation_steps", "0", "--report_to", "none"]
+    command += ["--mixed_precision", "bf16"]
     if trainer == "neti":
         command += ["--train_data_dir", str(pictures), "--super_category_token", noun_of(concept).split()[-1]]
     else:
@@ -145,8 +146,8 @@ def arms(customiser: str, base, customized: Customized, seed: int) -> dict:
 
 def run_cell(customiser: str, tier: str, number: int) -> None:
     concept, evaluator = concepts.concepts(tier)[number], Evaluator()
-    base = load_base("emoji").pipeline()
-    customized = load(load_base("emoji").pipeline(), train(customiser, tier, number))
+    base, own = (load_base("emoji", dtype=torch.bfloat16).pipeline() for _ in range(2))
+    customized = load(own, train(customiser, tier, number))
     shown = to_float(concepts.pictures(concept, 5, seed=number))
     real = evaluator.embed_identity(shown)
     wanted = asked(concept, number)

@@ -103,7 +103,9 @@ def run_cell(condition: str, arm: str, seed: int) -> None:
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, env=environment())
     seconds = time.monotonic() - started  # of a run that was stopped half-way, only the rest: look at both arms' alike
-    real, scores = controllability([str(folder)], condition, number=NUMBER, guidance_scale=settings["guidance_scale"])
+    real, scores = controllability(
+        [str(folder)], condition, number=NUMBER, guidance_scale=settings["guidance_scale"], dtype="bfloat16"
+    )
     for row in (real, scores):
         del row["model"]
     cell |= {"commit": commit(), "steps": steps, "train_seconds": round(seconds), "sha256": sha256(folder / WEIGHTS)}
