@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignkit.emoji import resolve
+
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself writes a LoRA
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -344,7 +346,7 @@ def _read_lora(network: nn.Module, path: str | os.PathLike) -> tuple[dict[str, T
     from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    path, prefix = Path(path), _network_name(network)
+    path, prefix = Path(resolve(path)), _network_name(network)
     if path.is_dir():
         path = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else LORA_WEIGHTS)
     if path.name == PEFT_WEIGHTS:

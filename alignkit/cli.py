@@ -88,6 +88,8 @@ def generate(
     from alignkit.artifacts import sha256
     from alignkit.base import load_base
     from alignkit.composed import compose
+    from alignkit.customized import lora_file
+    from alignkit.emoji import resolve
     from alignkit.pictures import write_png
     from alignkit.refine import build_refiner, refined
     from alignkit.rewards import build_reward
@@ -108,10 +110,10 @@ def generate(
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     composed = compose(pipe, loras=loras, controlnet=controlnet, concepts=list(concept), alignit=alignit)
     judge = build_reward(reward) if reward else None
-    folders = [Path(path, part) for path in (controlnet, *concept) if path for part in ("", "unet", "text_encoder")]
+    folders = [Path(resolve(p), part) for p in (controlnet, *concept) if p for part in ("", "unet", "text_encoder")]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     notes: dict = {
-        "lora_sha256": {spec: sha256(_lora_file(path)) for spec, (path, _) in zip(lora, loras.values(), strict=True)},
+        "lora_sha256": {spec: sha256(lora_file(path)) for spec, (path, _) in zip(lora, loras.values(), strict=True)},
         "sha256": {str(file): sha256(file) for file in [*files, *([control_image] if control_image else [])]},
     }
     if refine:
@@ -355,12 +357,6 @@ def _named_loras(specs: Sequence[str]) -> dict[str, tuple[Path, float]]:
             raise ValueError(f"Two LoRAs are called {name!r}.")
         loras[name] = (path, weight)
     return loras
-
-
-def _lora_file(path: Path) -> Path:
-    from alignkit.artifacts import LORA_WEIGHTS
-
-    return path / LORA_WEIGHTS if path.is_dir() else path
 
 
 def _split_weight(spec: str) -> tuple[Path, float]:

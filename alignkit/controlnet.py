@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from alignkit.artifacts import atomic, load_tensors, save_tensors
 from alignkit.base import Base
 from alignkit.config import differences
+from alignkit.emoji import resolve
 from alignkit.families import Condition
 from alignkit.sampling import guided, sample
 
@@ -56,6 +57,7 @@ def load_controlnet(path: str, unet: nn.Module, vae_scale_factor: int) -> Contro
         FileNotFoundError: there is no such ControlNet.
         ValueError: it was made for another base, or its weights are incomplete.
     """
+    path = resolve(path)
     if Path(path).suffix == ".safetensors":
         return _from_single_file(path, unet, vae_scale_factor)
     if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
 from alignkit.artifacts import LORA_WEIGHTS, PEFT_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
+from alignkit.emoji import resolve
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
 EMBEDDINGS = "learned_embeds.safetensors"
@@ -163,7 +164,7 @@ def load(
 
     Raises ValueError for a pickle, a damaged file, one that fits another base, or a missing name.
     """
-    path = Path(path)
+    path = Path(resolve(path))
     if not path.exists():
         raise ValueError(f"{path} does not exist: expected a folder or a safetensors file.")
     if (path / CONCEPT).is_file():
@@ -205,7 +206,7 @@ def load(
 
 def changes_weights(path: str | Path) -> bool:
     """Whether a customiser's folder or file, as of `load`, holds more than rows of text."""
-    path = Path(path)
+    path = Path(resolve(path))
     if (path / CONCEPT).is_file() or (path / "unet").is_dir():
         return True
     names = (LORA_WEIGHTS, PEFT_WEIGHTS, CUSTOM_DIFFUSION_WEIGHTS)
@@ -215,7 +216,7 @@ def changes_weights(path: str | Path) -> bool:
 
 def lora_file(path: str | Path) -> Path:
     """The weights in a LoRA's folder, as diffusers or PEFT calls them, or the file itself."""
-    path = Path(path)
+    path = Path(resolve(path))
     if not path.is_dir():
         return path
     return path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else LORA_WEIGHTS)

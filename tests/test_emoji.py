@@ -165,8 +165,11 @@ def test_matching_names_and_counts_clean_scenes():
 def test_resolve_names_what_there_is():
     assert resolve("some/model") == "some/model"
     assert resolve("emoji") == str(WEIGHTS_DIR / "base")
+    assert resolve("emoji/training/clip") == str(WEIGHTS_DIR / "training" / "clip")
     with pytest.raises(FileNotFoundError, match="emoji/training/clip"):
         resolve("emoji/training/nonsense")
+    with pytest.raises(FileNotFoundError, match="emoji/training/clip"):
+        resolve("emoji/examples/nonsense")
 
 
 def test_every_word_of_the_grammar_is_one_token_and_any_text_comes_back():

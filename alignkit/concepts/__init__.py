@@ -23,6 +23,7 @@ from alignkit.artifacts import load_json, load_tensors, save_json, save_tensors
 from alignkit.attention import text_layers
 from alignkit.concepts.mapper import Embeddings, Mapper, Vectors
 from alignkit.concepts.text import Tower, encode_contexts, noun_embedding, noun_ids, tokenize, towers
+from alignkit.emoji import resolve
 
 __all__ = ["Concept", "Concepts", "Embeddings", "Mapper", "Vectors", "create", "encode_contexts", "load", "tokenize"]
 
@@ -209,7 +210,7 @@ def load(*paths: str | Path, super_category_token: str = "object", placeholder_t
     """
     if not paths:
         raise ValueError("Expected at least one concept to load, got none.")
-    return Concepts([_load(Path(path), super_category_token, placeholder_token) for path in paths])
+    return Concepts([_load(Path(resolve(path)), super_category_token, placeholder_token) for path in paths])
 
 
 def _load(path: Path, super_category_token: str, placeholder_token: str | None) -> Concept:
