@@ -68,6 +68,7 @@ def arguments(name: str, models: Path) -> dict:
         "alignment": {"model": str(models / "clip")},
         "count": {"model": str(models / "counter"), "count": 5},
         "pickscore": {"model": str(models / "clip")},
+        "presence": {"model": str(models / "segmenter"), "object": "cat"},
         "ssim": {"reference": str(models / "reference.png")},
     }.get(name) or REAL.get(name, {})
 
@@ -447,6 +448,8 @@ def test_absence_takes_the_object_of_each_prompt(models):
     images = images_like_generated(1).expand(2, -1, -1, -1)
     cat, dog = reward(images, ["x", "y"], object=["cat", "dog"])
     assert cat != dog
+    presence = build_reward("presence", model=str(models / "segmenter"), object="dog")
+    assert presence(images, ["x", "y"], object=["cat", None]).tolist() == [-cat.item(), -dog.item()]
     assert reward(images[:1], ["y"], object=["dog"]).item() == pytest.approx(dog.item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"got 'dgo': nearest are \['dog'"):
         reward(images, ["x", "y"], object=["cat", "dgo"])

@@ -22,7 +22,7 @@ __all__ = [
 
 # Paths, not classes: a scorer's libraries load only when it is asked for.
 REWARDS = {
-    "absence": "alignkit.rewards.absence:Absence",
+    "absence": "alignkit.rewards.presence:Absence",
     "aesthetic": "alignkit.rewards.aesthetic:Aesthetic",
     "alignment": "alignkit.rewards.alignment:Alignment",
     "compressibility": "alignkit.rewards.jpeg:Compressibility",
@@ -34,6 +34,7 @@ REWARDS = {
     "object_count": "alignkit.rewards.detection:ObjectCount",
     "object_presence": "alignkit.rewards.detection:ObjectPresence",
     "pickscore": "alignkit.rewards.alignment:PickScore",
+    "presence": "alignkit.rewards.presence:Presence",
     "ssim": "alignkit.rewards.ssim:Ssim",
 }
 

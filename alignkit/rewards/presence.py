@@ -1,4 +1,4 @@
-"""Absence of a named object, by a segmenter."""
+"""Presence and absence of a named object, by a segmenter."""
 
 import difflib
 import math
@@ -15,12 +15,12 @@ from alignkit.rewards.clip import LOADING, image_statistics
 from alignkit.rewards.reward import Reward, column, frozen
 
 
-class Absence(Reward):
-    """Log odds against an object: minus the log of its odds p / (1 - p), averaged over the pixels.
+class Presence(Reward):
+    """Log odds of an object: the log of its odds p / (1 - p), averaged over the pixels.
 
-    Positive when the object is absent, 0 when the average odds are even. It is computed from the logits, without a
-    threshold and without saturation, so that an image in which nothing is found has a gradient, too. It has no upper
-    limit: the loss `hinge` with a target of 5 or so (odds of 1 to 150) stops pushing when the object is gone.
+    0 when the average odds are even. It is computed from the logits, without a threshold and without saturation, so
+    that an image in which nothing is found has a gradient, too. It has no upper limit: the loss `hinge` with a target
+    of 5 or so (odds of 150 to 1) stops pushing when the object is recognised.
 
     Args:
         model: a folder or Hub name of a `transformers.SegformerForSemanticSegmentation`.
@@ -52,4 +52,11 @@ class Absence(Reward):
         logits = self.segmenter(pixel_values=pixels).logits  # [B,C,h,w]
         named = F.one_hot(torch.tensor(labels, device=logits.device), logits.shape[1]).bool()[:, :, None, None]
         log_odds = logits.masked_fill(~named, 0).sum(1) - logits.masked_fill(named, -torch.inf).logsumexp(1)  # [B,h,w]
-        return math.log(log_odds[0].numel()) - log_odds.flatten(1).logsumexp(1)
+        return log_odds.flatten(1).logsumexp(1) - math.log(log_odds[0].numel())
+
+
+class Absence(Presence):
+    """Log odds against an object: minus the same. `loss: hinge` stops when it is gone."""
+
+    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        return -super().score(images, prompts, **columns)
