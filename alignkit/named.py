@@ -15,6 +15,7 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
 
     Raises:
         ValueError: no such name or module, not a subclass of `parent`, or arguments that its class does not take.
+        FileNotFoundError: a model that `args` or the class's defaults name is neither here nor to be had from the Hub.
     """
     path = table.get(name, name)
     if ":" not in path:
@@ -39,6 +40,12 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
         return cls(**args)
     except TypeError as error:
         raise ValueError(f"{name}: could not be built from args {dict(args)}: {error}.") from error
+    except OSError as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: {said} Its args name a folder, a file, or a model of the Hub, which needs a network or `hf "
+            "download OWNER/NAME` before; to try a config without it, name another one on the command line."
+        ) from error
 
 
 def refuse_evaluators(name: str, args: Mapping[str, Any]) -> None:

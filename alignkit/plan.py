@@ -124,6 +124,11 @@ def begin(phase: str) -> None:
         Ledger.active.begin(phase)
 
 
+def predicting() -> bool:
+    """Whether this runs on the meta device, where weights have shapes and no numbers."""
+    return Ledger.active is not None and Ledger.active.device_type == "meta"
+
+
 class NoNumbers(TorchDispatchMode):
     """Inside, what asks a tensor on the meta device for its numbers gets ones, and no index of what is not zero.
 

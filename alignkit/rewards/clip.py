@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
+from alignkit import plan
 from alignkit.artifacts import load_tensors
 from alignkit.rewards.reward import frozen
 
@@ -80,7 +81,11 @@ class ClipEncoder(Encoder):
 
     def __init__(self, path: str):
         super().__init__()
-        config = AutoConfig.from_pretrained(path)
+        known = {}
+        if plan.predicting():  # which needs the shapes alone
+            from alignkit.random_init import CLIPS as known
+            from alignkit.random_init import toy_clip
+        config = AutoConfig.from_pretrained(known.get(path, path))
         kinds = {
             "clip": CLIPModel,
             "siglip": SiglipModel,
@@ -91,8 +96,13 @@ class ClipEncoder(Encoder):
             raise ValueError(f"{path}: expected one of {', '.join(kinds)} by model_type, got {config.model_type!r}.")
         self.is_naflex = config.model_type == "siglip2"
         self.is_siglip = self.is_naflex or config.model_type == "siglip"
-        self.clip = frozen(kinds[config.model_type].from_pretrained(path, **LOADING))
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        if path in known:
+            with torch.device("meta"):
+                self.clip = frozen(CLIPModel(config))
+            path, self.tokenizer = known[path], toy_clip(config.text_config.max_position_embeddings)
+        else:
+            self.clip = frozen(kinds[config.model_type].from_pretrained(path, **LOADING))
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
         text_config, vision_config = self.clip.config.text_config, self.clip.config.vision_config
         self.resolution = None if self.is_naflex else vision_config.image_size
         self.embedding_dim = vision_config.hidden_size if self.is_siglip else self.clip.config.projection_dim
