@@ -1,5 +1,6 @@
 """alignkit/plan.py: what it predicts on the meta device against what the same training holds on the CPU."""
 
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignkit import cli, plan
+from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig
 from alignkit.rewards import RewardConfig, build_reward
 from tests.benchmarks import gpu_check, real_size
@@ -197,9 +199,15 @@ def test_a_judge_that_is_not_to_be_had_is_a_sentence(build, monkeypatch):
         plan.estimate(alignprop.train, build(alignprop, estimate="cuda", rewards=rewards))
 
 
-def test_what_is_said_of_cuda_is_unverified(build, capsys):
-    plan.estimate(alignprop.train, build(alignprop, estimate="cuda"))
-    assert "on cuda (UNVERIFIED" in capsys.readouterr().out
+def test_what_is_said_of_cuda_is_unverified_and_counts_no_encoders_on_the_cpu(build, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "GIB", 1)
+    cfg = build(alignprop, estimate="cuda", offload_text_encoders=True)
+    ledger = plan.estimate(alignprop.train, cfg)
+    report = capsys.readouterr().out
+    assert "on cuda (UNVERIFIED" in report
+    encoder = load_base(cfg.pretrained_model_name_or_path, random_init=True).text_encoder
+    peak = float(re.search(r"peak of training +([\d.]+)", report)[1])
+    assert peak == ledger.phases["train"].peak - sum(p.nbytes for p in encoder.parameters())
 
 
 def test_command_starts_the_trainer_of_the_configs_folder(monkeypatch):
