@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 
 from alignkit.artifacts import load_lora, save_lora
 from alignkit.base import add_lora, load_base
@@ -179,6 +180,13 @@ def test_a_lora_fits_its_own_family_and_is_refused_by_another(folders, tmp_path)
         load_lora(tiny(folders["sd15"]).network, tmp_path / "flux")
     with pytest.raises(ValueError, match="does not fit this base model"):
         load_lora(tiny(folders["sd15"]).network, tmp_path / "sdxl")
+    flux = tiny(folders["flux"]).network
+    with pytest.raises(ValueError, match="expected LoRA keys of a transformer .* made for another family"):
+        load_lora(flux, tmp_path / "sdxl")
+    fused = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{side}.weight": torch.ones(8, 8) for side in ("down", "up")}
+    save_file(fused, tmp_path / "kohya.safetensors")
+    with pytest.raises(ValueError, match="does not fit this base model: diffusers reads no LoRA of FLUX from it"):
+        load_lora(flux, tmp_path / "kohya.safetensors")
 
 
 @pytest.mark.parametrize("tokens", [16, 1024, 4096])

@@ -17,10 +17,10 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from alignkit import plan
-from alignkit.artifacts import load_tensors
+from alignkit.artifacts import load_tensors, read_pretrained
 from alignkit.rewards.reward import frozen
 
-# Weights kept in half precision would round the gradient of every pixel; a pickle may run code.
+# Of what reads images. Weights in half precision would round the gradient of every pixel; a pickle may run code.
 LOADING = {"dtype": torch.float32, "use_safetensors": True}
 
 # In configs older than 2023 the end-of-text id is a wrong 2, which transformers reads as the highest id of the prompt.
@@ -101,7 +101,7 @@ class ClipEncoder(Encoder):
                 self.clip = frozen(CLIPModel(config))
             path, self.tokenizer = known[path], toy_clip(config.text_config.max_position_embeddings)
         else:
-            self.clip = frozen(kinds[config.model_type].from_pretrained(path, **LOADING))
+            self.clip = frozen(read_pretrained(kinds[config.model_type], path, dtype=torch.float32))
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         text_config, vision_config = self.clip.config.text_config, self.clip.config.vision_config
         self.resolution = None if self.is_naflex else vision_config.image_size

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
-from alignkit.rewards.clip import CLIP_STATISTICS, LOADING, fit, image_statistics, interpolation_of, processor_config
+from alignkit.artifacts import read_pretrained
+from alignkit.rewards.clip import CLIP_STATISTICS, fit, image_statistics, interpolation_of, processor_config
 from alignkit.rewards.reward import Reward, column, frozen
 
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,7 +48,7 @@ class Detection(Reward):
         if kind not in ("owlvit", "owlv2", "grounding-dino"):
             raise ValueError(f"{model}: expected an OWL-ViT, an OWLv2 or a Grounding DINO, got {kind!r}.")
         self.is_owlvit, self.is_owlv2 = kind.startswith("owl"), kind == "owlv2"
-        self.detector = frozen(AutoModelForZeroShotObjectDetection.from_pretrained(model, **LOADING))
+        self.detector = frozen(read_pretrained(AutoModelForZeroShotObjectDetection, model, dtype=torch.float32))
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         processor = processor_config(model)
         self.interpolation = interpolation_of(processor if self.is_owlvit else {"resample": 2} | processor)
