@@ -106,7 +106,7 @@ def convert_lora(source: str | os.PathLike, target: str | os.PathLike, format: s
     network = _network_of(model)
     lora = read_lora(source, network)
     if format == "kohya":
-        save_tensors(to_kohya(lora, network), path, _kohya_header(lora))
+        save_tensors(to_kohya(lora, network), path, _kohya_header(lora, network))
     else:
         save_tensors(to_diffusers(lora), path)
     return path
@@ -263,7 +263,7 @@ def _sizes(names: list[str], network: Network) -> list[list[int]]:
 
 
 def _side_by_side(parts: list[Layer | None], sizes: list[list[int]]) -> Layer:
-    """One update of all parts, block-diagonal in `up`; exact, with the parts' common alpha / rank.
+    """One update of all parts, block-diagonal in `up`, with the parts' common alpha / rank, else with 1.
 
     A part without an update gets a block of zeros, as readers divide the rank by the number of parts.
     """
@@ -313,11 +313,11 @@ def _header(path: Path) -> dict:
         return json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
 
 
-def _kohya_header(lora: Lora) -> dict[str, str]:
+def _kohya_header(lora: Lora, network: Network) -> dict[str, str]:
     """What user interfaces show; the tensors say the same, layer by layer."""
     ranks, alphas = ({value(layer) for layer in lora.values()} for value in (lambda x: len(x.down), lambda x: x.alpha))
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if network.part == "unet" else "networks.lora_flux",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
     }
