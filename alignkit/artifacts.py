@@ -341,6 +341,28 @@ def _network_name(network: nn.Module) -> str:
     return "transformer" if "Transformer" in type(network).__name__ else "unet"
 
 
+def read_pretrained(cls: Any, path: str | os.PathLike, **options: Any) -> Any:
+    """`cls.from_pretrained(path, **options)` of transformers, from safetensors, which have all of the model's weights.
+
+    transformers fills what is missing with random numbers, and only warns. ValueError where it would, or where a shape
+    is not the config's; it names the weight.
+    """
+    model, info = cls.from_pretrained(
+        path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    where = Path(path, options.get("subfolder", ""))
+    if info["mismatched_keys"]:
+        key, got, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(f"{where} does not fit its config.json: expected {key} of {list(expected)}, got {list(got)}")
+    if info["missing_keys"]:
+        raise ValueError(f"{where} is incomplete, it lacks {_some(sorted(info['missing_keys']))}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _read_lora(network: nn.Module, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None, dict | None]:
     """The tensors of a LoRA file in diffusers' keys, its alphas, PEFT's metadata; ValueError where it does not fit."""
     from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
@@ -359,7 +381,15 @@ def _read_lora(network: nn.Module, path: str | os.PathLike) -> tuple[dict[str, T
             str(path.parent), **where, unet_config=network.config
         )
     elif type(network).__name__.startswith("Flux"):
-        weights, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(str(path.parent), **where, return_alphas=True)
+        try:
+            weights, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(
+                str(path.parent), **where, return_alphas=True
+            )
+        except (AssertionError, RuntimeError, ValueError) as error:  # from diffusers' converters of others' names
+            raise ValueError(
+                f"{path} does not fit this base model: diffusers reads no LoRA of FLUX from it "
+                f"({_first_line(error)}). It was probably made for another family or width"
+            ) from error
     else:
         (weights, metadata), alphas = SD3LoraLoaderMixin.lora_state_dict(str(path.parent), **where), None
     foreign = [key for key in weights if not key.startswith(f"{prefix}.")]

@@ -5,22 +5,31 @@ What differs between families stands in families.py. All sizes come from the mod
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from alignkit import emoji
-from alignkit.artifacts import load_tensors
+from alignkit.artifacts import load_tensors, read_pretrained
 from alignkit.families import FAMILIES, Condition, Family
 from alignkit.noise import NoiseSchedule
 from alignkit.random_init import ARCHITECTURES, random_pipeline
 from alignkit.sampling import Denoiser, guided
+
+KNOWN_PROMPTS = 1000  # that are kept, where text encoders are slow: 2 MB each of FLUX, in half precision
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Base:
     pipe: DiffusionPipeline  # the stock pipeline, for its modules and its way of encoding text
     scheduler: SchedulerMixin
     schedule: NoiseSchedule
+    offload_text_encoders: bool = False  # they stay on the CPU, and prompts are encoded once
+    _known: dict[tuple, Condition] = field(default_factory=dict)
 
     @property
     def network(self) -> nn.Module:
@@ -106,7 +117,18 @@ class Base:
         the stock pipeline cuts.
         """
         self.check_prompts(prompts)
-        return self.family.condition(self.pipe, prompts, *self.image_size(height, width), negative)
+        size = self.image_size(height, width)
+        if not self.offload_text_encoders:
+            return self.family.condition(self.pipe, prompts, *size, negative)
+        rows = []
+        for prompt in prompts:
+            key = (prompt, *size, negative)
+            row = self._known.pop(key, None) or self.family.condition(self.pipe, [prompt], *size, negative)
+            self._known[key] = row  # at the end: what was used longest ago goes first
+            rows.append(row)
+        while len(self._known) > KNOWN_PROMPTS:
+            del self._known[next(iter(self._known))]
+        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
         """Prompt embeddings [B, S, D], what the network's cross- or joint attention reads. Raises as `condition`."""
@@ -218,6 +240,8 @@ def load_base(
     config: str | None = None,
     random_init: bool = False,
     shrink: int = 1,
+    offload_text_encoders: bool = False,
+    quantization: str | PipelineQuantizationConfig = "no",
 ) -> Base:
     """Load a base model, frozen and in eval mode.
 
@@ -228,13 +252,21 @@ def load_base(
     `random_init`: random weights (always the same ones) from the config files alone, for trying out a config without
     the weights; the names in `ARCHITECTURES` need no download then. `shrink` divides all widths, keeping every layer's
     name. In float16, a VAE that says of itself that it overflows there (`force_upcast`) stays float32.
+    `offload_text_encoders`: they stay in the CPU's memory and compute there, each prompt once.
+    `quantization`: of the network's frozen weights as they are read: "nf4" (bitsandbytes, 4 bits, Dettmers et al. 2023,
+    arXiv 2305.14314), "int8" (torchao), or what diffusers' from_pretrained takes as quantization_config.
     Raises FileNotFoundError where there is no such model, ValueError for a family that is not supported, a pickle, a
-    damaged or incomplete file.
+    damaged or incomplete file, a quantization whose library is not there or that this device has not.
     """
     if shrink < 1 or (shrink > 1 and not random_init):
         raise ValueError(f"shrink must be at least 1, and above 1 only with random_init, got {shrink}.")
     path = emoji.resolve(pretrained_model_name_or_path)
     single_file = Path(path).suffix == ".safetensors" or Path(path).is_file()
+    if quantization != "no" and (random_init or single_file):
+        raise ValueError(
+            "quantization is of weights that are read from a diffusers folder or the Hub: set it to 'no' with "
+            "random_init, alignkit plan (whose prediction is an upper bound then) and .safetensors files."
+        )
     if config and not single_file:
         raise ValueError(f"config goes with a .safetensors file; {path} is none and has its own configs.")
     if random_init:
@@ -246,10 +278,14 @@ def load_base(
     elif single_file:
         pipe = _from_single_file(path, family, dtype, configs)
     else:
-        pipe = family.pipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **family.options)
+        pipe = _from_pretrained(path, family, dtype, quantization)
+    if not random_init:
+        _refuse_incomplete(pipe, path)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            part.to(device).eval().requires_grad_(False)
+            if not (offload_text_encoders and name.startswith("text_encoder")):
+                part.to(device)
+            part.eval().requires_grad_(False)
         if isinstance(part, CLIPTokenizer):
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
             part.model_max_length = min(part.model_max_length, encoder.config.max_position_embeddings)
@@ -264,7 +300,7 @@ def load_base(
         raise ValueError(f"{path}: expected a schedule that {family.label} has, got {type(pipe.scheduler).__name__}.")
     if family.sigmas_end_at_one_nth:
         schedule = replace(schedule, sigma_range=None)
-    return Base(pretrained_model_name_or_path, family, pipe, scheduler, schedule)
+    return Base(pretrained_model_name_or_path, family, pipe, scheduler, schedule, offload_text_encoders)
 
 
 def add_lora(
@@ -310,6 +346,39 @@ def add_lora(
     return parameters
 
 
+def _from_pretrained(
+    path: str, family: Family, dtype: torch.dtype, quantization: str | PipelineQuantizationConfig
+) -> DiffusionPipeline:
+    options = family.options | {"dtype": dtype, "use_safetensors": True}
+    if isinstance(quantization, PipelineQuantizationConfig):  # of any part
+        return family.pipeline.from_pretrained(path, quantization_config=quantization, **options)
+    index = family.pipeline.load_config(path)
+    for name, cls in family.components.items():
+        if name.startswith("text_encoder") and index.get(name, (None,))[0]:  # SD3 is published without T5, too
+            options[name] = read_pretrained(cls, path, subfolder=name, dtype=dtype)
+    if quantization == "no":
+        return family.pipeline.from_pretrained(path, **options)
+    try:
+        config = _quantization(quantization, family, dtype)
+        return family.pipeline.from_pretrained(path, quantization_config=config, **options)
+    except (ImportError, RuntimeError) as error:  # where a library or a device is missing
+        raise ValueError(f"quantization {quantization} is not possible here: {error}") from error
+
+
+def _quantization(name: str, family: Family, dtype: torch.dtype) -> PipelineQuantizationConfig:
+    from diffusers.quantizers.quantization_config import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    elif name == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        raise ValueError(f"quantization: expected no, nf4 or int8, got {name!r}.")
+    return PipelineQuantizationConfig(quant_mapping={family.network: config})
+
+
 def _config_of_file(path: str) -> str:
     """The Hub's original of a single file, by its keys."""
     return fetch_diffusers_config(load_tensors(path))["pretrained_model_name_or_path"]
@@ -328,11 +397,15 @@ def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str
         raise ValueError(
             f"{path} is incomplete: tensors of a model of the family {family.label} are missing."
         ) from error
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    missing = [key for module in modules for key, tensor in module.named_parameters() if tensor.is_meta]
+    return pipe
+
+
+def _refuse_incomplete(pipe: DiffusionPipeline, path: str) -> None:
+    """diffusers leaves on the meta device what it found no tensor for."""
+    parts = [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    missing = [f"{name}.{key}" for name, part in parts for key, tensor in part.named_parameters() if tensor.is_meta]
     if missing:
         raise ValueError(f"{path} is incomplete: {', '.join(missing[:3])} and {len(missing)} in all are missing.")
-    return pipe
 
 
 def family_of(path: str) -> Family:

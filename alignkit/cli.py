@@ -235,7 +235,7 @@ def convert_lora(folder: str, out: str, format: Literal["kohya", "diffusers"] = 
         folder: Folder or safetensors file of the LoRA, in either's names.
         out: The .safetensors file to write (kohya), or the folder to put it in (diffusers).
         format: Whose names to write.
-        model: The base model it was made for: "emoji", sd15, sd21, sdxl, a folder in diffusers format, a Hub name.
+        model: The base it was made for: "emoji", sd15, sd21, sdxl, flux, a folder in diffusers format, a Hub name.
     """
     from alignkit.lora_formats import convert_lora
 

@@ -226,7 +226,11 @@ def load_lora_file(pipe: Any, path: str | Path, adapter_name: str = "default") -
     """A LoRA of the network, of the text encoders, or of both, into a stock pipeline. ValueError as `load_lora`."""
     file = lora_file(path)
     if any(key.startswith(("text_encoder", "lora_te")) for key in load_tensors(file)):
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
+        try:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
+        except (ValueError, RuntimeError) as error:  # peft's and torch's, of layers and of shapes
+            said = str(error).strip().splitlines()[0]
+            raise ValueError(f"{file} does not fit this base model: {said} Load the base it was made for") from error
     else:
         load_lora(pipe, file, adapter_name)
 

@@ -14,7 +14,9 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
     """An object of the class that `table` has under `name`, or of the class `package.module:Class`, made with `args`.
 
     Raises:
-        ValueError: no such name or module, not a subclass of `parent`, or arguments that its class does not take.
+        ValueError: no such name or module, not a subclass of `parent`, arguments that its class does not take, or
+            weights of another shape than its model's.
+        FileNotFoundError: a model that `args` or the class's defaults name is neither here nor to be had from the Hub.
     """
     path = table.get(name, name)
     if ":" not in path:
@@ -39,6 +41,16 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
         return cls(**args)
     except TypeError as error:
         raise ValueError(f"{name}: could not be built from args {dict(args)}: {error}.") from error
+    except RuntimeError as error:  # torch's, transformers' and the Hub mixin's for weights that do not fit
+        if "mismatch" not in str(error) and "Missing key" not in str(error):
+            raise
+        raise ValueError(f"{name}: the weights named by {dict(args)} do not fit its model: {error}") from error
+    except OSError as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: {said} Its args name a folder, a file, or a model of the Hub, which needs a network or `hf "
+            "download OWNER/NAME` before; to try a config without it, name another one on the command line."
+        ) from error
 
 
 def refuse_evaluators(name: str, args: Mapping[str, Any]) -> None:

@@ -124,6 +124,11 @@ def begin(phase: str) -> None:
         Ledger.active.begin(phase)
 
 
+def predicting() -> bool:
+    """Whether this runs on the meta device, where weights have shapes and no numbers."""
+    return Ledger.active is not None and Ledger.active.device_type == "meta"
+
+
 class NoNumbers(TorchDispatchMode):
     """Inside, what asks a tensor on the meta device for its numbers gets ones, and no index of what is not zero.
 
@@ -200,10 +205,11 @@ def report(run: "Run", ledger: Ledger) -> str:
     trained = sum(p.nbytes for p in run.params.values())
     optimizer = sum(t.nbytes for state in run.optimizer.state.values() for t in state.values() if t.is_meta)
     ema = sum(t.nbytes for t in run.ema.values())
-    standing = ledger.live - 2 * trained - optimizer - ema
-    peaks = {name: phase.peak for name, phase in ledger.phases.items()}
+    live = ledger.live - run.bytes_elsewhere
+    standing = live - 2 * trained - optimizer - ema
+    peaks = {name: phase.peak - run.bytes_elsewhere for name, phase in ledger.phases.items()}
     # several processes lay their gradients side by side, and sum a copy of that
-    summing = max(0, ledger.live + 2 * trained - peaks["train"])
+    summing = max(0, live + 2 * trained - peaks["train"])
     count = run.cfg.gradient_accumulation_steps
     steps = [count * flops for flops in ledger.phases["train"].flops]
     checked = {"cpu": "checked, see docs/plan.md", "cuda": "UNVERIFIED: we have no GPU"}[run.cfg.estimate]
@@ -217,7 +223,7 @@ def report(run: "Run", ledger: Ledger) -> str:
                 "their gradients": trained,
                 "optimizer": optimizer,
                 "EMA": ema,
-                "activations, at most": peaks["train"] - ledger.live,
+                "activations, at most": peaks["train"] - live,
                 "peak of training": peaks["train"],
                 "peak of validation": peaks.get("validate", 0),
                 "peak of loading and of the first checks": peaks["setup"],

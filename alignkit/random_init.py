@@ -25,6 +25,11 @@ ARCHITECTURES = {
     }.items()
     for name in names
 }
+# CLIPs that configs name as judges, of which a plan needs the shapes alone.
+CLIPS = {
+    "openai/clip-vit-large-patch14": str(FOLDER / "clip_l14"),
+    "yuvalkirstain/PickScore_v1": str(FOLDER / "clip_h14"),
+}
 
 
 def random_pipeline(
@@ -116,7 +121,7 @@ def _tokenizer(cls: type, path: str, name: str, configs: dict[str, dict[str, Any
     if not Path(path).is_dir() or (Path(path) / name).is_dir():
         return cls.from_pretrained(path, subfolder=name)
     config = configs[name.replace("tokenizer", "text_encoder")]
-    tokenizer = _toy_clip(config["max_position_embeddings"]) if cls is CLIPTokenizer else _toy_t5()
+    tokenizer = toy_clip(config["max_position_embeddings"]) if cls is CLIPTokenizer else _toy_t5()
     config |= {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -125,7 +130,7 @@ def _tokenizer(cls: type, path: str, name: str, configs: dict[str, dict[str, Any
     return tokenizer
 
 
-def _toy_clip(max_length: int) -> CLIPTokenizer:
+def toy_clip(max_length: int) -> CLIPTokenizer:
     """A real CLIPTokenizer without merges: every byte is a token, with and without the end of a word."""
     letters = sorted(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

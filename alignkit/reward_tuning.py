@@ -7,7 +7,7 @@ validation images again and again, ends the run that exploits its reward, and wr
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alignkit.artifacts import LORA_WEIGHTS, read_events, save_lora, save_strip, write_card
 from alignkit.base import Base
-from alignkit.config import LoraConfig, RunConfig, to_dict
+from alignkit.config import LoraConfig, RunConfig, free, to_dict
 from alignkit.data import Prompts, read_prompts
 from alignkit.early_stop import (
     EarlyStopConfig,
@@ -42,6 +42,10 @@ class RewardTuningConfig(RunConfig):
     """What is optimised: a weighted sum."""
     monitors: list[RewardConfig] = field(default_factory=list)
     """Logged beside it, never optimised; weight and loss have no effect. The first with a CLIP measures diversity."""
+    offload_text_encoders: bool = free(False)
+    """Leave them in the CPU's memory, where they encode each prompt once: 9 GB less on a GPU for SD3 and FLUX."""
+    quantization: Literal["no", "nf4", "int8"] = "no"
+    """Of the base's network, as its weights are read: nf4 needs bitsandbytes, int8 torchao."""
     prompt_file: str = ""
     """Prompts to train on: .txt, one a line, or .jsonl with `prompt` and columns for the rewards."""
     negative_prompt: str = ""
@@ -183,7 +187,8 @@ class Validation:
             denoiser = self.base.denoiser(prompts, cfg.negative_prompt, cfg.guidance_scale, *size)
             timesteps = self.base.timesteps(cfg.num_inference_steps, *size)
             images.append(self.base.decode(sample(denoiser, x_T, self.base.schedule, timesteps, None)))
-        return torch.cat(images)
+        self.run.require_finite(images := torch.cat(images), "the validation's images")
+        return images
 
     def measure(self, step: int) -> dict[str, Tensor | float]:
         """What to log of the images at the end of a step; nothing where no validation is due."""

@@ -125,6 +125,7 @@ class Run:
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
         self.global_batch = cfg.train_batch_size * cfg.gradient_accumulation_steps * self.num_processes
         self.position = 0
+        self.bytes_elsewhere = 0  # of weights that wait in the CPU's memory
         self._first_validation = 0.0
         self._writes = self.is_main and not cfg.dry_run
         if self._writes and cfg.push_to_hub:
@@ -149,8 +150,8 @@ class Run:
 
     # Setting up
 
-    def load_base(self) -> Base:
-        """The config's base model, frozen, on this process's device and in `weight_dtype`."""
+    def load_base(self, **options: Any) -> Base:
+        """The config's base model, frozen, on this process's device and in `weight_dtype`; `options` as load_base's."""
         cfg = self.cfg
         base = load_base(
             cfg.pretrained_model_name_or_path,
@@ -159,7 +160,11 @@ class Run:
             config=cfg.base_config,
             random_init=cfg.random_init,
             shrink=cfg.shrink,
+            **options,
         )
+        if base.offload_text_encoders and self.device_type != "cpu":
+            encoders = [part for name, part in base.pipe.components.items() if name.startswith("text_encoder")]
+            self.bytes_elsewhere = sum(p.nbytes for part in encoders if part is not None for p in part.parameters())
         use_plain_attention(base.network, self.device_type)
         return base
 
@@ -285,6 +290,16 @@ class Run:
         if self.cfg.dry_run:
             self._report_dry_run()
 
+    @property
+    def _half(self) -> str:
+        return "\nfloat16 ends at 65,504: try mixed_precision bf16" if self.cfg.mixed_precision == "fp16" else ""
+
+    def require_finite(self, images: Tensor, what: str) -> None:
+        """FloatingPointError where one of the images [N, ...] is not; `what` they are in words."""
+        bad = [i for i, image in enumerate(images) if not image.isfinite().all()]
+        if bad:
+            self._fail(f"{what} {bad} of {len(images)} are not finite after {self.position} steps{self._half}")
+
     def micro_batches(self, step: int) -> Iterator[list[int]]:
         """Global sample indices of this process's micro-batches.
 
@@ -310,8 +325,7 @@ class Run:
             table = "".join(f"\n  {name}: {tensor.detach().tolist()}" for name, tensor in values.items())
             self._fail(
                 f"the loss is not finite at step {self.position}, samples {[self._indices[i] for i in bad]} "
-                f"of {self._indices}:{table}"
-                + ("\nfloat16 ends at 65,504: try mixed_precision bf16" if self.cfg.mixed_precision == "fp16" else "")
+                f"of {self._indices}:{table}" + self._half
             )
         self.scaler.scale(loss.float().sum() / self.global_batch).backward()
 

@@ -419,6 +419,14 @@ def test_images_that_are_not_finite_stop_the_run(config, monkeypatch):
         train(config())
 
 
+def test_a_base_whose_pictures_are_not_finite_is_refused_before_any_step(config, monkeypatch):
+    monkeypatch.setattr(Base, "decode", lambda self, latents: torch.full((len(latents), 3, 8, 8), float("inf")))
+    with pytest.raises(
+        FloatingPointError, match=r"validation's images \[0, 1, 2, 3\] of 4 are not finite after 0 steps"
+    ):
+        train(config())
+
+
 def test_gradients_of_the_size_of_adams_epsilon_are_reported(config):
     with pytest.warns(UserWarning, match="AdamW hardly moves"):
         train(config(rewards=[RewardConfig(RED, weight=1e-8)], max_train_steps=1))

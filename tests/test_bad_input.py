@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import alignkit
 from alignkit.artifacts import remove
 from alignkit.base import load_base
 from alignkit.emoji.judges import AestheticHead, DensityCounter
@@ -14,6 +15,7 @@ from alignkit.rewards import build_reward
 from alignkit.rewards.aesthetic import load_head
 from alignkit.run import Run
 from tests.tiny import save_tiny_model
+from tests.tiny_models import owlvit, siglip
 from tests.toy import toy_config, toy_params
 
 
@@ -35,12 +37,59 @@ def test_a_base_with_missing_parts_is_refused_by_the_parts_name(saved, tmp_path)
             load_base(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("unet", "conv_in.bias"), ("vae", "decoder.conv_in.bias"), ("text_encoder", "encoder.layers.0.mlp.fc1.bias")],
+)
+def test_a_base_with_missing_weights_is_refused_by_their_names(saved, part, key):
+    """Neither random numbers, as transformers fills in, nor diffusers' empty ones."""
+    (path,) = (saved / part).glob("*.safetensors")
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if name.endswith(key))
+    save_file({k: t for k, t in tensors.items() if k != name}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"is incomplete.* .*{key}"):
+        load_base(str(saved))
+
+
+@pytest.mark.parametrize(("write", "reward"), [(siglip, "alignment"), (owlvit, "object_presence")])
+def test_a_reward_with_missing_or_other_weights_is_refused_by_their_names(write, reward, tmp_path):
+    args = {"model": write(tmp_path)} | ({"object": "cat"} if reward == "object_presence" else {})
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if name.endswith("fc1.weight"))
+    for changed, message in [
+        ({k: t for k, t in tensors.items() if k != name}, "is incomplete, it lacks .*fc1.weight"),
+        (
+            tensors | {name: torch.zeros(3, 32)},
+            r"does not fit its config.json: expected .*fc1.weight of .* got \[3, 32\]",
+        ),
+    ]:
+        save_file(changed, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            build_reward(reward, **args)
+
+
 def test_weights_of_another_shape_are_refused_by_name(saved):
     path = saved / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"conv_in.weight": torch.zeros(3, 4, 3, 3)}, path)
     with pytest.raises(ValueError, match="conv_in.weight"):
         load_base(str(saved))
+
+
+@pytest.mark.parametrize("layer", ["input_blocks_4_1_transformer_blocks_0_attn1_to_q", "double_blocks_0_img_attn_proj"])
+def test_a_lora_of_another_family_with_text_encoders(layer, saved, tmp_path):
+    """Of SDXL and of FLUX: what the network alone has is refused by artifacts.load_lora, see tests/test_families.py."""
+    names = (f"lora_unet_{layer}", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj")
+    save_file(
+        {f"{name}.lora_{side}.weight": torch.ones(16, 16) for name in names for side in ("down", "up")},
+        tmp_path / "other.safetensors",
+    )
+    pipe = load_base(str(saved)).pipeline()
+    with pytest.raises(
+        ValueError, match="other.safetensors does not fit this base model: .* Load the base it was made for"
+    ):
+        alignkit.compose(pipe, loras={"style": tmp_path / "other.safetensors"})
 
 
 @pytest.mark.parametrize(
@@ -67,6 +116,9 @@ def test_a_judges_folder_whose_weights_do_not_fit_its_config(tmp_path):
     save_file(load_file(path) | {"density.weight": torch.zeros(1, 16, 1, 1)}, path)
     with pytest.raises(ValueError, match=r"(?s)count: the weights named by .* do not fit its model.*density.weight"):
         build_reward("count", model=str(tmp_path))
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != "density.weight"}, path)
+    with pytest.raises(ValueError, match="(?s)do not fit its model.*Missing key.*density.weight"):
+        build_reward("count", model=str(tmp_path))
     AestheticHead(5).save_pretrained(tmp_path / "head")
     with pytest.raises(ValueError, match="expected a head for embeddings of .* numbers .*, got one for 5"):
         build_reward("aesthetic", head=str(tmp_path / "head"))
@@ -79,3 +131,6 @@ def test_an_overflow_in_float16_says_what_to_do(tmp_path):
         for step in run.steps():
             for indices in run.micro_batches(step):
                 run.backward((params["layer.bias"].sum() * 0 + 1e5).half().expand(len(indices)))
+    images = torch.tensor([0.5, 1e5]).half().view(2, 1, 1, 1)
+    with pytest.raises(FloatingPointError, match=r"(?s)images \[1\] of 2 are not finite after 0 steps.*try .* bf16"):
+        run.require_finite(images, "the validation's images")

@@ -1,9 +1,10 @@
+import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, UNet2DConditionModel
 
 from alignkit.base import add_lora, load_base
 from alignkit.random_init import ARCHITECTURES
@@ -53,6 +54,76 @@ def test_any_shrink_draws(shrink):
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="pt").images
     assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
+
+
+def test_text_encoders_on_the_cpu_encode_each_prompt_once(base, folder, monkeypatch):
+    """The network is elsewhere (on the meta device here), and gets what the encoders would have told it there."""
+    away = load_base(str(folder), device="meta", offload_text_encoders=True)
+    assert away.device.type == away.vae.device.type == "meta" and away.text_encoder.device.type == "cpu"
+    encoded = []
+    away.text_encoder.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    assert away.condition(["a cat", "", "a cat"])["encoder_hidden_states"].device.type == "meta"
+    away.condition(["", "a cat"])
+    assert encoded == [1, 1]
+
+    home = load_base(str(folder), offload_text_encoders=True)
+    told = home.condition(["a cat", "", "a cat"])["encoder_hidden_states"]
+    torch.testing.assert_close(told, base.condition(["a cat", "", "a cat"])["encoder_hidden_states"])
+    home.condition(["a cat"])["guidance"] = torch.ones(1)  # what a caller adds is its own
+    assert home.condition(["a cat"]).keys() == {"encoder_hidden_states"}
+    monkeypatch.setattr("alignkit.base.KNOWN_PROMPTS", 2)
+    home.condition(["a dog", "a bird", "a fish"])
+    assert [key[0] for key in home._known] == ["a bird", "a fish"]
+
+
+def test_a_quantised_network(folder, monkeypatch):
+    """Half of it is a fake: what diffusers does with a config is diffusers' own."""
+    with pytest.raises(ValueError, match="set it to 'no' with random_init, alignkit plan"):
+        load_base("sd15", random_init=True, quantization="nf4")
+    with pytest.raises(ValueError, match="expected no, nf4 or int8, got 'int3'"):
+        load_base(str(folder), quantization="int3")
+    for name, library in (("nf4", "bitsandbytes"), ("int8", "torchao")):
+        if importlib.util.find_spec(library) is None:
+            with pytest.raises(ValueError, match=f"quantization {name} is not possible here: .*{library}"):
+                load_base(str(folder), quantization=name)
+
+    seen, read, config = [], StableDiffusionPipeline.from_pretrained, PipelineQuantizationConfig.__new__
+    monkeypatch.setattr("alignkit.base._quantization", lambda name, family, dtype: (name, family.network, dtype))
+
+    def from_pretrained(path, quantization_config=None, **options):
+        seen.append(quantization_config)
+        return read(path, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    load_base(str(folder), dtype=torch.bfloat16, quantization="nf4")
+    own = config(PipelineQuantizationConfig)  # of the user's, for any part
+    load_base(str(folder), quantization=own)
+    load_base(str(folder))
+    assert seen == [("nf4", "unet", torch.bfloat16), own, None]
+
+
+def test_a_lora_learns_on_a_base_of_int8(folder):
+    """Values and gradients are those of a base that has the rounded weights as floats."""
+    pytest.importorskip("torchao")
+    bases = [load_base(str(folder), quantization=quantization) for quantization in ("int8", "no")]
+    rounded = {name: m.weight for name, m in bases[0].unet.named_modules() if hasattr(m, "in_features")}
+    for name, weight in rounded.items():
+        whole = bases[1].unet.get_submodule(name).weight
+        assert not torch.equal(whole, weight.dequantize())
+        whole.data.copy_(weight.dequantize())
+    results = []
+    for base in bases:
+        lora = add_lora(base.network, 2, 2, ATTENTION)
+        generator = torch.Generator().manual_seed(0)
+        for name in sorted(lora):
+            lora[name].data.normal_(std=0.1, generator=generator)
+        x_t = latents(base, batch=2).requires_grad_()
+        output = base.forward(x_t, torch.tensor(500), base.condition(["a cat", "a dog"]))
+        output.square().sum().backward()
+        gradient = torch.cat([lora[name].grad.flatten() for name in sorted(lora)])
+        results.append([output.detach(), x_t.grad, gradient])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_random_init_is_always_the_same_and_leaves_the_global_state_alone(base):

@@ -314,13 +314,6 @@ def test_sdxl_both_stages_and_the_stock_pipelines_pixels(config, tmp_path):
     assert (ours - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_joint_attention_is_refused_at_once(config, tmp_path, name):
-    fields = {"pretrained_model_name_or_path": thin(name, tmp_path / name), "shrink": 40, "resolution": 32}
-    with pytest.raises(ValueError, match="this works on SD 1.x, SD 2.x and the emoji world; SDXL"):
-        train(config(**fields))
-
-
 def test_a_controlnet_that_does_not_fit_is_refused(base, tmp_path):
     controlnet = new_controlnet(base.unet, base.vae_scale_factor)
     save_controlnet(tmp_path / "fits", controlnet)

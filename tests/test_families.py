@@ -1,7 +1,7 @@
 """Every family of base models: AlignProp trains on it, and draws what the stock pipeline draws.
 
-The models are built from the real classes and the published configs, one layer where those have many, at a fortieth of
-their widths.
+This walks the first column of README's table, tests/test_what_works.py the others. The models are built from the real
+classes and the published configs, one layer where those have many, at a fortieth of their widths.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 
 from alignkit.artifacts import load_lora, save_lora
 from alignkit.base import add_lora, load_base
@@ -17,10 +18,12 @@ from alignkit.config import LoraConfig
 from alignkit.families import FAMILIES
 from alignkit.random_init import ARCHITECTURES
 from alignkit.rewards import RewardConfig
+from tests.what_works import table
 from training import alignprop
 from training.alignprop import Config, PlanConfig
 
 NAMES = ["sd15", "sd21", "sdxl", "sd3", "flux"]
+WORKS = [base for base, cell in table()["AlignProp and its relatives"].items() if cell == "yes"]
 ONE_LAYER = ("num_layers", "num_single_layers", "num_hidden_layers", "num_decoder_layers", "layers_per_block")
 SHRINK = 40
 
@@ -43,7 +46,7 @@ def thin(name: str, folder: Path, **changes) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    return {name: thin(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+    return {"emoji": "emoji"} | {name: thin(name, tmp_path_factory.mktemp(name)) for name in NAMES}
 
 
 def tiny(folder: str, **options):
@@ -68,7 +71,7 @@ def draw(pipe, prompts: list[str], cfg: Config) -> torch.Tensor:
     return torch.cat([torch.from_numpy(image).permute(0, 3, 1, 2) for image in images])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WORKS)
 def test_alignprop_trains_and_stock_diffusers_draws_the_same_pixels(name, folders, tmp_path, monkeypatch):
     """One update through the whole chain: base and LoRA draw in a fresh stock pipeline what they drew in training."""
     seen = {}
@@ -177,6 +180,13 @@ def test_a_lora_fits_its_own_family_and_is_refused_by_another(folders, tmp_path)
         load_lora(tiny(folders["sd15"]).network, tmp_path / "flux")
     with pytest.raises(ValueError, match="does not fit this base model"):
         load_lora(tiny(folders["sd15"]).network, tmp_path / "sdxl")
+    flux = tiny(folders["flux"]).network
+    with pytest.raises(ValueError, match="expected LoRA keys of a transformer .* made for another family"):
+        load_lora(flux, tmp_path / "sdxl")
+    fused = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{side}.weight": torch.ones(8, 8) for side in ("down", "up")}
+    save_file(fused, tmp_path / "kohya.safetensors")
+    with pytest.raises(ValueError, match="does not fit this base model: diffusers reads no LoRA of FLUX from it"):
+        load_lora(flux, tmp_path / "kohya.safetensors")
 
 
 @pytest.mark.parametrize("tokens", [16, 1024, 4096])

@@ -4,18 +4,21 @@ import json
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from alignkit.artifacts import LORA_WEIGHTS, load_lora, save_lora
 from alignkit.base import add_lora, load_base
 from alignkit.cli import main
-from alignkit.lora_formats import PARTS, _kohya_name, _unet_of, convert_lora
+from alignkit.lora_formats import PARTS, _kohya_layers, _network_of, _text_name, convert_lora
 from tests.test_families import thin
 
 ENDS = {
     "unet": ("attn2.to_q", "attn1.to_out.0", "ff.net.0.proj", "attentions.0.proj_in"),
+    "transformer": ("attn.to_q", "attn.to_v", "attn.to_out.0", "add_k_proj", "ff.net.2", "norm1_context.linear"),
     "text": ("q_proj", "out_proj", "mlp.fc1"),
 }
 
@@ -23,12 +26,15 @@ ENDS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     """Configs of one layer where the models have many, at a fortieth of their widths."""
-    folders = {name: thin(name, tmp_path_factory.mktemp(name)) for name in ("sd15", "sdxl", "flux")}
-    for name in ("sd15", "sdxl"):
+    folders = {name: thin(name, tmp_path_factory.mktemp(name)) for name in ("sd15", "sdxl", "sd3")}
+    # Stock diffusers reads the single blocks of FLUX at their published width alone: they have a test of their own.
+    folders["flux"] = thin("flux", tmp_path_factory.mktemp("flux"), num_single_layers=0)
+    for name in ("sd15", "sdxl", "flux"):
         pipe = load_base(folders[name], random_init=True, shrink=40).pipe
-        for part, model in parts_of(pipe).items():
-            (model.save_config if part == "unet" else model.config.save_pretrained)(f"{folders[name]}/{part}")
-        pipe.vae.save_config(f"{folders[name]}/vae")
+        for part, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module):
+                save = model.config.save_pretrained if part.startswith("text_encoder") else model.save_config
+                save(f"{folders[name]}/{part}")
     return folders
 
 
@@ -37,7 +43,8 @@ def pipeline(folder: str):
 
 
 def parts_of(pipe) -> dict[str, torch.nn.Module]:
-    return {part: getattr(pipe, part) for part in PARTS if getattr(pipe, part, None) is not None}
+    parts = {part: getattr(pipe, part, None) for part in PARTS}
+    return {part: model for part, model in parts.items() if model is not None and not isinstance(model, T5EncoderModel)}
 
 
 def write_lora(pipe, folder, alpha: float | None = None) -> dict[str, torch.Tensor]:
@@ -47,15 +54,15 @@ def write_lora(pipe, folder, alpha: float | None = None) -> dict[str, torch.Tens
     """
     generator, tensors, updates, header = torch.Generator().manual_seed(0), {}, {}, {}
     for part, model in parts_of(pipe).items():
-        ends = ENDS["unet" if part == "unet" else "text"]
+        ends = ENDS.get(part, ENDS["text"])
         for name, module in model.named_modules():
             if not name.endswith(ends) or getattr(module, "weight", None) is None:
                 continue
             weight = module.weight
             down = torch.randn(2, *weight.shape[1:], generator=generator)
             up = torch.randn(len(weight), 2, *[1] * (weight.ndim - 2), generator=generator)
-            classic = name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-            lora = "lora" if part == "unet" else "lora_linear_layer"
+            classic = name if part in ENDS or name.startswith("text_model.") else f"text_model.{name}"
+            lora = "lora" if part in ENDS else "lora_linear_layer"
             tensors |= {f"{part}.{classic}.{lora}.down.weight": down, f"{part}.{classic}.{lora}.up.weight": up}
             updates[f"{part}.{classic}"] = (alpha or 2) / 2 * (up.flatten(1) @ down.flatten(1))
         header |= {f"{part}.r": 2, f"{part}.lora_alpha": alpha}
@@ -71,7 +78,7 @@ def updates_of(pipe) -> dict[str, torch.Tensor]:
     for part, model in parts_of(pipe).items():
         for name, module in model.named_modules():
             for adapter, down in getattr(module, "lora_A", {}).items():
-                name = name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+                name = name if part in ENDS or name.startswith("text_model.") else f"text_model.{name}"
                 up = module.lora_B[adapter].weight.flatten(1)
                 found[f"{part}.{name}"] = module.scaling[adapter] * up @ down.weight.flatten(1)
     return found
@@ -83,7 +90,7 @@ def assert_updates(one, two) -> None:
         torch.testing.assert_close(update, two[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
 @pytest.mark.parametrize("alpha", [None, 6.0])
 def test_stock_diffusers_reads_the_same_updates_from_kohyas_names_and_back(name, alpha, folders, tmp_path):
     pipe = pipeline(folders[name])
@@ -91,16 +98,22 @@ def test_stock_diffusers_reads_the_same_updates_from_kohyas_names_and_back(name,
     assert {layer.partition(".")[0] for layer in expected} == parts_of(pipe).keys()
     kohya = convert_lora(tmp_path / "lora", tmp_path / "kohya.safetensors", "kohya", folders[name])
     tensors = load_file(kohya)
-    assert {float(tensors[key]) for key in tensors if key.endswith(".alpha")} == {alpha or 2.0}
+    layers = [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]
+    assert {float(tensors[f"{key}.alpha"]) / len(tensors[f"{key}.lora_down.weight"]) for key in layers} == {
+        (alpha or 2.0) / 2
+    }
     pipe.load_lora_weights(kohya)
-    assert_updates(updates_of(pipe), expected)
+    found = updates_of(pipe)
+    for layer in found.keys() - expected.keys():  # beside queries and values, of which there is an update, the keys
+        assert name == "flux" and not found.pop(layer).any()
+    assert_updates(found, expected)
 
     pipe.unload_lora_weights()
     back = convert_lora(kohya, tmp_path / "back", "diffusers", folders[name])
     assert back == tmp_path / "back" / LORA_WEIGHTS
     pipe.load_lora_weights(tmp_path / "back")
     assert_updates(updates_of(pipe), expected)
-    if alpha is None:  # then nothing was folded, and not a bit has changed
+    if alpha is None and name != "flux":  # nothing was folded, and not a bit has changed (flux's keys are lora_A)
         original = load_file(tmp_path / "lora" / LORA_WEIGHTS)
         assert original.keys() == load_file(back).keys()
         assert all(torch.equal(tensor, original[key]) for key, tensor in load_file(back).items())
@@ -129,7 +142,8 @@ def test_names_are_those_of_diffusers_own_converter(folders, tmp_path):
 
 def test_sdxls_blocks_are_numbered_as_in_the_original_code():
     """Row of the original: conv_in 0, (resnet, resnet, downsampler) 1 to 3, block 1 from 4 on, block 2 from 7 on."""
-    unet = _unet_of("sdxl")
+    unet = _network_of("sdxl")
+    names = {module: key for key, modules in _kohya_layers(unet).items() for module in modules}
     for module, expected in {
         "down_blocks.1.attentions.0.proj_in": "input_blocks_4_1_proj_in",
         "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.2": "input_blocks_8_1_transformer_blocks_9_ff_net_2",
@@ -137,10 +151,37 @@ def test_sdxls_blocks_are_numbered_as_in_the_original_code():
         "up_blocks.0.attentions.2.proj_out": "output_blocks_2_1_proj_out",
         "up_blocks.1.attentions.0.proj_out": "output_blocks_3_1_proj_out",
     }.items():
-        assert module in unet.layers and _kohya_name(f"unet.{module}", unet) == f"lora_unet_{expected}"
+        assert names[f"unet.{module}"] == f"lora_unet_{expected}"
     te = "text_model.encoder.layers.3.mlp.fc2"
-    assert _kohya_name(f"text_encoder_2.{te}", unet) == "lora_te2_text_model_encoder_layers_3_mlp_fc2"
-    assert _kohya_name(f"text_encoder.{te}", unet) == "lora_te1_text_model_encoder_layers_3_mlp_fc2"
+    assert _text_name(f"text_encoder_2.{te}", unet) == "lora_te2_text_model_encoder_layers_3_mlp_fc2"
+    assert _text_name(f"text_encoder.{te}", unet) == "lora_te1_text_model_encoder_layers_3_mlp_fc2"
+
+
+def test_fluxs_blocks_at_their_width_are_read_by_stock_diffusers(tmp_path):
+    """One update of what are four layers in diffusers, three of them adapted, with alphas of their own."""
+    block, generator = "transformer.single_transformer_blocks.37", torch.Generator().manual_seed(0)
+    sizes = {
+        "attn.to_q": (3072, 3072),
+        "attn.to_v": (3072, 3072),
+        "proj_mlp": (12288, 3072),
+        "norm.linear": (9216, 3072),
+    }
+    tensors = {}
+    for name, (out, width) in sizes.items():
+        tensors[f"{block}.{name}.lora_A.weight"] = torch.randn(4, width, generator=generator)
+        tensors[f"{block}.{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
+    alphas = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"single_transformer_blocks.37.proj_mlp": 8}}
+    save_file(tensors, tmp_path / LORA_WEIGHTS, {"lora_adapter_metadata": json.dumps(alphas)})
+    kohya = convert_lora(tmp_path, tmp_path / "kohya.safetensors", "kohya", "flux")
+    keys = {key.partition(".")[0] for key in load_file(kohya)}
+    assert keys == {"lora_unet_single_blocks_37_linear1", "lora_unet_single_blocks_37_modulation_lin"}
+    theirs = FluxPipeline.lora_state_dict(kohya)
+    tensors[f"{block}.proj_mlp.lora_B.weight"] *= 2
+    for side in "AB":
+        assert not theirs.pop(f"{block}.attn.to_k.lora_{side}.weight").any()
+    ours = load_file(convert_lora(kohya, tmp_path / "back", "diffusers", "flux"))
+    for got in (theirs, ours):
+        assert got.keys() == tensors.keys() and all(torch.equal(got[key], tensors[key]) for key in got)
 
 
 def test_what_is_refused(folders, tmp_path):
@@ -152,8 +193,18 @@ def test_what_is_refused(folders, tmp_path):
 
     with pytest.raises(ValueError, match="does not fit this base model.*Name the base"):
         convert(tmp_path / "sd", kohya, model=folders["sdxl"])
-    with pytest.raises(ValueError, match="family FLUX.1; kohya's names are known here for"):
+    with pytest.raises(ValueError, match="does not fit this base model: expected .* no such layer"):
         convert(tmp_path / "sd", kohya, model=folders["flux"])
+    with pytest.raises(ValueError, match="family SD3, whose names .* ComfyUI reads diffusers' own file"):
+        convert(tmp_path / "sd", kohya, model=folders["sd3"])
+    fits = _network_of(folders["flux"]).layers["x_embedder"]
+    outside = {
+        "transformer.x_embedder.lora_A.weight": torch.zeros(2, fits[1]),
+        "transformer.x_embedder.lora_B.weight": torch.zeros(fits[0], 2),
+    }
+    save_file(outside, tmp_path / "outside.safetensors")
+    with pytest.raises(ValueError, match="known of FLUX's blocks alone; transformer.x_embedder lies outside"):
+        convert(tmp_path / "outside.safetensors", kohya, model=folders["flux"])
     with pytest.raises(ValueError, match="new .safetensors file"):
         convert(tmp_path / "sd", tmp_path / "folder")
     with pytest.raises(ValueError, match="is there already"):

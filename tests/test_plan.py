@@ -1,5 +1,6 @@
 """alignkit/plan.py: what it predicts on the meta device against what the same training holds on the CPU."""
 
+import re
 import sys
 
 import pytest
@@ -9,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignkit import cli, plan
+from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig
-from alignkit.rewards import RewardConfig
+from alignkit.rewards import RewardConfig, build_reward
 from tests.benchmarks import gpu_check, real_size
 from tests.tiny import save_tiny_model
 from training import alignprop, controlnetpp, customize, neti
@@ -178,9 +180,34 @@ def test_prediction_equals_the_run_on_the_emoji_model(build):
     compare(build, alignprop, pretrained_model_name_or_path="emoji", **fields)
 
 
-def test_what_is_said_of_cuda_is_unverified(build, capsys):
-    plan.estimate(alignprop.train, build(alignprop, estimate="cuda"))
-    assert "on cuda (UNVERIFIED" in capsys.readouterr().out
+def test_the_configs_judges_need_no_weights():
+    """PickScore, a CLIP of ViT-H/14, and OpenAI's of ViT-L/14, of their published sizes."""
+    with plan.Ledger("meta"), plan.NoNumbers():
+        pickscore = build_reward("pickscore")
+        clip = build_reward("alignment", model="openai/clip-vit-large-patch14").to("meta")
+        images = torch.zeros(1, 3, 64, 64, device="meta", requires_grad=True)
+        clip(images, ["a cat"]).sum().backward()
+    assert images.grad.shape == images.shape
+    sizes = [sum(p.numel() for p in judge.parameters()) for judge in (pickscore, clip)]
+    assert sizes == [986_109_441, 427_616_513]
+
+
+def test_a_judge_that_is_not_to_be_had_is_a_sentence(build, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rewards = [RewardConfig("alignment", args={"model": "nobody/nothing"})]
+    with pytest.raises(FileNotFoundError, match="alignment: .* name another one on the command line"):
+        plan.estimate(alignprop.train, build(alignprop, estimate="cuda", rewards=rewards))
+
+
+def test_what_is_said_of_cuda_is_unverified_and_counts_no_encoders_on_the_cpu(build, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "GIB", 1)
+    cfg = build(alignprop, estimate="cuda", offload_text_encoders=True)
+    ledger = plan.estimate(alignprop.train, cfg)
+    report = capsys.readouterr().out
+    assert "on cuda (UNVERIFIED" in report
+    encoder = load_base(cfg.pretrained_model_name_or_path, random_init=True).text_encoder
+    peak = float(re.search(r"peak of training +([\d.]+)", report)[1])
+    assert peak == ledger.phases["train"].peak - sum(p.nbytes for p in encoder.parameters())
 
 
 def test_command_starts_the_trainer_of_the_configs_folder(monkeypatch):

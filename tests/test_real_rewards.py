@@ -9,8 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from alignkit.artifacts import convert
 from alignkit.rewards import build_reward
@@ -66,6 +68,26 @@ def test_siglip_is_processed_as_the_official_one_does(arguments):
     torch.testing.assert_close(encoder.embed_prompts(PROMPTS), expected.text_embeds)
     scores = (encoder.embed_images(images) * expected.text_embeds).sum(-1)
     torch.testing.assert_close(build_reward("alignment", **arguments["siglip"])(images, PROMPTS), scores)
+
+
+@pytest.mark.parametrize("size", [(90, 120), (64, 64), (200, 20)])
+def test_siglip2_keeps_the_aspect_and_is_processed_as_the_official_one_does(arguments, size):
+    reward = build_reward("alignment", **arguments["siglip2"])
+    image = photo(*size).requires_grad_()
+    official = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=12)(pil(image), return_tensors="pt")
+    text = reward.encoder.tokenizer(PROMPTS[:1], padding="max_length", max_length=12, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = reward.encoder.clip(input_ids=text, **official)
+    seen = reward.encoder.embed_images(image)
+    assert torch.cosine_similarity(seen, expected.image_embeds) > 1 - 1e-4
+    scores = reward(image, [PROMPTS[0].upper()])  # read in lower case
+    torch.testing.assert_close(scores, (seen * expected.text_embeds).sum(-1))
+    (gradient,) = torch.autograd.grad(scores.sum(), image)
+    assert gradient.isfinite().all() and gradient.any()
+    with torch.no_grad():  # of a batch, each image by itself
+        flipped = image.flip(-1)
+        both = reward(torch.cat([image, flipped]), ["a cat", "a dog"])
+        torch.testing.assert_close(both, torch.cat([scores, reward(flipped, ["a dog"])]), rtol=1e-4, atol=1e-5)
 
 
 def test_open_clip_scores_as_open_clip_does(arguments):
@@ -157,6 +179,22 @@ def test_detectors_process_as_the_official_ones_do(arguments, size):
     assert similar((dino.fit_within(image) - dino.mean) / dino.std, official)
 
 
+@pytest.mark.parametrize("size", [(90, 120), (120, 51), (24, 30)])
+def test_owlv2_pads_and_scores_as_the_official_one_does(arguments, size):
+    """Smaller and larger than its 32 pixels; the logit of the likeliest box is what the model says itself."""
+    reward = build_reward("object_presence", **arguments["owlv2"])
+    image = photo(*size).requires_grad_()
+    official = Owlv2ImageProcessorPil(size={"height": 32, "width": 32})(pil(image), return_tensors="pt").pixel_values
+    assert similar((reward.pad_and_resize(image) - reward.mean) / reward.std, official.float())
+    scores = reward(image, ["x"])
+    tokens = reward.tokenize(["a photo of a cat"], "max_length")
+    with torch.no_grad():
+        logits = reward.detector(pixel_values=official.float(), **tokens).logits
+    torch.testing.assert_close(scores, logits.amax((1, 2)) - reward.threshold_logit, rtol=1e-2, atol=2e-2)
+    (gradient,) = torch.autograd.grad(scores.sum(), image)
+    assert gradient.isfinite().all() and gradient.any()
+
+
 def test_a_detector_that_finds_nothing_has_a_gradient(arguments):
     reward = build_reward("object_presence", **arguments["object_presence"])
     reward.threshold_logit = 1e3  # which no box of a random model is above
@@ -200,7 +238,7 @@ def test_overlap_by_hand():
 
 
 def test_what_is_no_detector_is_refused(arguments):
-    with pytest.raises(ValueError, match="expected an OWL-ViT or a Grounding DINO, got 'siglip'"):
+    with pytest.raises(ValueError, match="expected an OWL-ViT, an OWLv2 or a Grounding DINO, got 'siglip'"):
         build_reward("object_presence", model=arguments["siglip"]["model"], object="cat")
     with pytest.raises(ValueError, match="between 0 and 1"):
         build_reward("object_presence", **arguments["object_presence"], threshold=1.0)

@@ -14,8 +14,12 @@ from transformers import (
     CLIPTokenizer,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
     OwlViTConfig,
     OwlViTForObjectDetection,
+    Siglip2Config,
+    Siglip2Model,
     SiglipConfig,
     SiglipModel,
     SwinConfig,
@@ -50,6 +54,18 @@ def siglip(folder: Path) -> str:
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=LAYERS | {"image_size": 32, "patch_size": 8}))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def siglip2(folder: Path) -> str:
+    """NaFlex: at most 12 patches, of 8 x 8 pixels."""
+    tokenizer = letters()
+    text = LAYERS | {"vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    Siglip2Model(
+        Siglip2Config(text_config=text, vision_config=LAYERS | {"patch_size": 8, "num_patches": 16})
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 8, "max_num_patches": 12}))
     return str(folder)
 
 
@@ -101,14 +117,14 @@ def image_reward(folder: Path) -> tuple[str, str]:
     return str(folder / "ImageReward.safetensors"), str(folder)
 
 
-def owlvit(folder: Path) -> str:
+def owlvit(folder: Path, config_class=OwlViTConfig, model_class=OwlViTForObjectDetection) -> str:
     tokenizer = letters()
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = LAYERS | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 32}
-    config = OwlViTConfig(
+    config = config_class(
         text_config=text, vision_config=LAYERS | {"image_size": 32, "patch_size": 8}, projection_dim=32
     )
-    OwlViTForObjectDetection(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -138,8 +154,11 @@ def all_models(folder: Path) -> dict[str, dict]:
         local, weights = open_clip(folder / "open_clip")
         checkpoint, bert = image_reward(folder / "image_reward")
         owl, dino = owlvit(folder / "owlvit"), grounding_dino(folder / "grounding_dino")
+        owlv2 = owlvit(folder / "owlv2", Owlv2Config, Owlv2ForObjectDetection)
         return {
             "siglip": {"model": siglip(folder / "siglip")},
+            "siglip2": {"model": siglip2(folder / "siglip2")},
+            "owlv2": {"model": owlv2, "object": "cat"},
             "open_clip": {"model": local},
             "hpsv2": {"weights": weights, "architecture": "tiny-test"},
             "image_reward": {"weights": checkpoint, "tokenizer": bert},

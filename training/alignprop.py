@@ -89,7 +89,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the LoRA and its card."""
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "alignprop")
-    base = run.load_base()
+    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)

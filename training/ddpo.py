@@ -109,7 +109,7 @@ def train(cfg: Config) -> Path:
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "ddpo")
     check_round(cfg, run)
-    base = run.load_base()
+    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
     base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
     lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, seed=cfg.seed)
     judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)

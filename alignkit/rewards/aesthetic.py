@@ -55,7 +55,7 @@ def load_head(path: str) -> tuple[nn.Module, int]:
     if path.endswith(".safetensors"):
         head = collapse(load_file(path))
         return frozen(head), head.in_features
-    head = AestheticHead.from_pretrained(path)
+    head = AestheticHead.from_pretrained(path, strict=True)
     return frozen(head), head.embedding_dim
 
 

@@ -14,8 +14,8 @@ class Alignment(Reward):
     """Cosine of image and prompt embedding (CLIPScore without its factor; Hessel et al. 2021, arXiv 2104.08718).
 
     Args:
-        model: a folder or Hub name of a `transformers` CLIPModel or SiglipModel with its tokenizer, or a model of
-            open_clip: "open_clip:ARCHITECTURE", "local-dir:FOLDER" or "hf-hub:OWNER/NAME".
+        model: a folder or Hub name of a `transformers` CLIPModel, SiglipModel or Siglip2Model with its tokenizer, or a
+            model of open_clip: "open_clip:ARCHITECTURE", "local-dir:FOLDER" or "hf-hub:OWNER/NAME".
         weights: with open_clip:ARCHITECTURE, a `.safetensors` file.
     """
 

@@ -6,13 +6,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel, VisionTextDualEncoderModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPModel,
+    Siglip2Model,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
-from alignkit.artifacts import load_tensors
+from alignkit import plan
+from alignkit.artifacts import load_tensors, read_pretrained
 from alignkit.rewards.reward import frozen
 
-# Weights kept in half precision would round the gradient of every pixel; a pickle may run code.
+# Of what reads images. Weights in half precision would round the gradient of every pixel; a pickle may run code.
 LOADING = {"dtype": torch.float32, "use_safetensors": True}
 
 # In configs older than 2023 the end-of-text id is a wrong 2, which transformers reads as the highest id of the prompt.
@@ -42,8 +50,11 @@ class Encoder(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images [B,3,H,W] in [0,1] -> L2-normalised embeddings [B,D], with gradient."""
-        pixels = fit(images, self.resolution, self.resize, self.interpolation)
-        return F.normalize(self.image_features((pixels - self.mean) / self.std), dim=-1)
+        return F.normalize(self.image_features((self.fit(images) - self.mean) / self.std), dim=-1)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images [B,3,H,W] at the size that the model sees."""
+        return fit(images, self.resolution, self.resize, self.interpolation)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -57,9 +68,10 @@ class Encoder(nn.Module):
 
 
 class ClipEncoder(Encoder):
-    """A frozen CLIPModel, SiglipModel or VisionTextDualEncoderModel of `transformers` with its tokenizer.
+    """A frozen CLIPModel, SiglipModel, Siglip2Model or VisionTextDualEncoderModel of `transformers` with its tokenizer.
 
-    Radford et al. 2021, arXiv 2103.00020.
+    Radford et al. 2021, arXiv 2103.00020. SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786) is a SiglipModel where it
+    has one resolution; a Siglip2Model (NaFlex) keeps the image's aspect and sees at most so many patches.
 
     How images are resized and normalised comes from the folder's `preprocessor_config.json`, or is the model's usual.
 
@@ -69,19 +81,30 @@ class ClipEncoder(Encoder):
 
     def __init__(self, path: str):
         super().__init__()
-        config = AutoConfig.from_pretrained(path)
+        known = {}
+        if plan.predicting():  # which needs the shapes alone
+            from alignkit.random_init import CLIPS as known
+            from alignkit.random_init import toy_clip
+        config = AutoConfig.from_pretrained(known.get(path, path))
         kinds = {
             "clip": CLIPModel,
             "siglip": SiglipModel,
+            "siglip2": Siglip2Model,
             "vision-text-dual-encoder": VisionTextDualEncoderModel,  # any vision model beside a text tower
         }
         if config.model_type not in kinds:
             raise ValueError(f"{path}: expected one of {', '.join(kinds)} by model_type, got {config.model_type!r}.")
-        self.is_siglip = config.model_type == "siglip"
-        self.clip = frozen(kinds[config.model_type].from_pretrained(path, **LOADING))
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.is_naflex = config.model_type == "siglip2"
+        self.is_siglip = self.is_naflex or config.model_type == "siglip"
+        if path in known:
+            with torch.device("meta"):
+                self.clip = frozen(CLIPModel(config))
+            path, self.tokenizer = known[path], toy_clip(config.text_config.max_position_embeddings)
+        else:
+            self.clip = frozen(read_pretrained(kinds[config.model_type], path, dtype=torch.float32))
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
         text_config, vision_config = self.clip.config.text_config, self.clip.config.vision_config
-        self.resolution = vision_config.image_size
+        self.resolution = None if self.is_naflex else vision_config.image_size
         self.embedding_dim = vision_config.hidden_size if self.is_siglip else self.clip.config.projection_dim
         # A tokenizer without a limit of its own says 1e30.
         self.max_length = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -93,18 +116,41 @@ class ClipEncoder(Encoder):
                 f"text_config.eos_token_id and {self.tokenizer.eos_token_id} in the tokenizer. Correct config.json."
             )
         processor = processor_config(path)
+        self.max_num_patches = processor.get("max_num_patches", 256)
         size = processor.get("size", {"height": self.resolution} if self.is_siglip else {})
         self.resize = "squash" if isinstance(size, dict) and "height" in size else "shortest"
-        self.interpolation = interpolation_of(processor)
+        self.interpolation = interpolation_of({"resample": 2} | processor if self.is_naflex else processor)
         self._set_statistics(*image_statistics(path, *(SIGLIP_STATISTICS if self.is_siglip else CLIP_STATISTICS)))
 
+    def fit(self, images: Tensor) -> Tensor:
+        if not self.is_naflex:
+            return super().fit(images)
+        from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+
+        size = get_image_size_for_max_num_patches(*images.shape[-2:], self.patch_size, self.max_num_patches)
+        return F.interpolate(images, size=size, mode=self.interpolation, antialias=True)
+
     def image_features(self, pixels: Tensor) -> Tensor:
-        return self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
+        pixels = pixels.to(self.clip.dtype)
+        if not self.is_naflex:
+            return self.clip.get_image_features(pixel_values=pixels).pooler_output
+        side = self.patch_size
+        patches = pixels.unfold(2, side, side).unfold(3, side, side)  # [B,3,rows,columns,side,side]
+        rows_and_columns = torch.tensor([patches.shape[2:4]] * len(pixels), device=pixels.device)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # each patch: rows, columns, colours
+        seen = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
+        return self.clip.get_image_features(patches, seen, rows_and_columns).pooler_output
+
+    @property
+    def patch_size(self) -> int:
+        return self.clip.config.vision_config.patch_size
 
     def token_counts(self, prompts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
 
     def text_features(self, prompts: list[str]) -> Tensor:
+        if self.is_siglip:  # which has learnt from texts in lower case; not every tokenizer of SigLIP 2 sees to it
+            prompts = [prompt.lower() for prompt in prompts]
         # SigLIP has learnt from padded texts, and reads the padding
         padding = "max_length" if self.is_siglip else True
         tokens = self.tokenizer(

@@ -27,7 +27,7 @@ class Count(Reward):
 
     def __init__(self, model: str = "emoji/training/counter", count: float | None = None):
         super().__init__()
-        self.counter = frozen(DensityCounter.from_pretrained(resolve(model)))
+        self.counter = frozen(DensityCounter.from_pretrained(resolve(model), strict=True))
         self.count = count
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Presence, absence and number of objects by an open-vocabulary detector: OWL-ViT or Grounding DINO.
+"""Presence, absence and number of objects by an open-vocabulary detector: OWL-ViT, OWLv2 or Grounding DINO.
 
 A detector gives each of its boxes a logit of being the named object, and thresholds it; whoever sums the boxes above
 the threshold has no gradient where there are none. Here a box's logit is taken relative to the threshold's,
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
-from alignkit.rewards.clip import CLIP_STATISTICS, LOADING, fit, image_statistics, interpolation_of, processor_config
+from alignkit.artifacts import read_pretrained
+from alignkit.rewards.clip import CLIP_STATISTICS, fit, image_statistics, interpolation_of, processor_config
 from alignkit.rewards.reward import Reward, column, frozen
 
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,8 +34,8 @@ class Detection(Reward):
     """What the three rewards share: a detector, and the sorted log odds of its boxes.
 
     Args:
-        model: a folder or Hub name of a `transformers` OwlViTForObjectDetection or GroundingDinoForObjectDetection
-            with its tokenizer.
+        model: a folder or Hub name of a `transformers` OwlViTForObjectDetection, Owlv2ForObjectDetection or
+            GroundingDinoForObjectDetection with its tokenizer.
         object: a noun phrase, where the prompt file has no column `object`.
         threshold: probability from which a box counts.
     """
@@ -44,10 +45,10 @@ class Detection(Reward):
         if not 0 < threshold < 1:
             raise ValueError(f"expected a threshold between 0 and 1, got {threshold}.")
         kind = AutoConfig.from_pretrained(model).model_type
-        if kind not in ("owlvit", "grounding-dino"):
-            raise ValueError(f"{model}: expected an OWL-ViT or a Grounding DINO, got {kind!r}.")
-        self.is_owlvit = kind == "owlvit"
-        self.detector = frozen(AutoModelForZeroShotObjectDetection.from_pretrained(model, **LOADING))
+        if kind not in ("owlvit", "owlv2", "grounding-dino"):
+            raise ValueError(f"{model}: expected an OWL-ViT, an OWLv2 or a Grounding DINO, got {kind!r}.")
+        self.is_owlvit, self.is_owlv2 = kind.startswith("owl"), kind == "owlv2"
+        self.detector = frozen(read_pretrained(AutoModelForZeroShotObjectDetection, model, dtype=torch.float32))
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         processor = processor_config(model)
         self.interpolation = interpolation_of(processor if self.is_owlvit else {"resample": 2} | processor)
@@ -74,7 +75,11 @@ class Detection(Reward):
         """Logits [B,N] of the boxes [B,N,4] (centre, width, height; in shares of the image)."""
         if self.is_owlvit:
             tokens = self.tokenize([f"a photo of a {name}" for name in names], padding="max_length")
-            pixels = fit(images, self.resolution, "squash", self.interpolation)
+            pixels = (
+                self.pad_and_resize(images)
+                if self.is_owlv2
+                else fit(images, self.resolution, "squash", self.interpolation)
+            )
             output = self.detector(pixel_values=(pixels - self.mean) / self.std, **tokens)
             return output.logits[..., 0], output.pred_boxes
         tokens = self.tokenize([f"{name.lower()}." for name in names], padding=True)
@@ -90,6 +95,19 @@ class Detection(Reward):
         max_length = config.text_config.max_position_embeddings if self.is_owlvit else config.max_text_len
         tokens = self.tokenizer(texts, padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
         return dict(tokens.to(self.mean.device))
+
+    def pad_and_resize(self, images: Tensor) -> Tensor:
+        """OWLv2's size: black below and to the right up to a square; blurred before it is made smaller."""
+        from kornia.filters import gaussian_blur2d
+
+        height, width = images.shape[-2:]
+        side = max(height, width)
+        images = F.pad(images, (0, side - width, 0, side - height))
+        sigma = (side / self.resolution - 1) / 2
+        if sigma > 0:
+            kernel = 2 * math.ceil(3 * sigma) + 1
+            images = gaussian_blur2d(images, (kernel, kernel), (sigma, sigma), border_type="reflect")
+        return F.interpolate(images, size=(self.resolution, self.resolution), mode="bilinear")
 
     def fit_within(self, images: Tensor) -> Tensor:
         """Grounding DINO's size: the shortest side, unless the longest would exceed its own limit."""

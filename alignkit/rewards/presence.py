@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
 
+from alignkit.artifacts import read_pretrained
 from alignkit.emoji import resolve
-from alignkit.rewards.clip import LOADING, image_statistics
+from alignkit.rewards.clip import image_statistics
 from alignkit.rewards.reward import Reward, column, frozen
 
 
@@ -30,7 +31,7 @@ class Presence(Reward):
     def __init__(self, model: str = "emoji/training/segmenter", object: str | None = None):
         super().__init__()
         path = resolve(model)
-        self.segmenter = frozen(SegformerForSemanticSegmentation.from_pretrained(path, **LOADING))
+        self.segmenter = frozen(read_pretrained(SegformerForSemanticSegmentation, path, dtype=torch.float32))
         mean, std = image_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)

@@ -1,0 +1,144 @@
+"""README's table of what works on what, cell by cell: "yes" trains a step or draws, "no" is refused in a sentence.
+
+On random weights of the published architectures, one layer where those have many, at a fortieth of their widths. The
+first column is walked by tests/test_families.py.
+"""
+
+import pytest
+import torch
+from PIL import Image
+
+from alignkit.alignit import Concept, alignit
+from alignkit.base import load_base
+from alignkit.concepts import create
+from alignkit.conditions import ConditionConfig
+from alignkit.config import LoraConfig
+from alignkit.run import Run
+from tests.test_controls import write_folder
+from tests.test_families import SHRINK, thin
+from tests.what_works import BASES, table
+from training import controlnetpp, customize, neti
+
+TABLE = table()
+TRAINERS = {"ControlNet++": controlnetpp, "NeTI, Textual Inversion, P+": neti, "customisers": customize}
+
+
+def cells(*methods: str):
+    return pytest.mark.parametrize(
+        ("method", "base"), [(method, base) for method in methods for base in TABLE[method]], ids=str
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    names = [name for name in BASES.values() if name != "emoji"]
+    return {"emoji": "emoji"} | {name: thin(name, tmp_path_factory.mktemp(name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> str:
+    """Of a concept."""
+    folder = tmp_path_factory.mktemp("images")
+    Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(folder / "0.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory) -> str:
+    """With a control each."""
+    folder = tmp_path_factory.mktemp("controls")
+    write_folder(folder, number=2, size=(32, 32))
+    return str(folder)
+
+
+def test_the_table_has_every_base_and_method():
+    assert TABLE.keys() == {"AlignProp and its relatives", *TRAINERS, "AlignIT"}
+    assert all(list(column) == list(BASES.values()) for column in TABLE.values())
+    assert {cell for column in TABLE.values() for cell in column.values()} == {"yes", "no", "rows"}
+    assert set(TABLE["AlignProp and its relatives"].values()) == {"yes"}  # which tests/test_families.py walks
+
+
+@cells(*TRAINERS)
+def test_trainers(method, base, folders, images, controls, tmp_path, monkeypatch):
+    """One update of a dry run has a gradient, and one that is finite; what is refused is so before any step."""
+    own = {
+        "ControlNet++": {
+            "train_data_dir": controls,
+            "condition": ConditionConfig("tests.toy_conditions:Red"),
+            "reward_weight": 1.0,
+            "reward_timesteps": [0, 999],
+            "num_validation_images": 1,
+            "num_inference_steps": 1,
+        },
+        "NeTI, Textual Inversion, P+": {
+            "train_data_dir": images,
+            "super_category_token": "a",
+            "mapper": neti.MapperConfig(hidden_size=8, num_frequencies=8),
+        },
+        "customisers": {
+            "instance_data_dir": images,
+            "class_noun": "a",
+            "with_prior_preservation": False,
+            "lora": LoraConfig(rank=2),
+            "num_validation_images": 1,
+            "num_inference_steps": 1,
+        },
+    }
+    trainer = TRAINERS[method]
+    cfg = trainer.Config(
+        output_dir=str(tmp_path / "run"), pretrained_model_name_or_path=folders[base], random_init=True, shrink=SHRINK,
+        resolution=32, train_batch_size=1, max_train_steps=1, validation_steps=0, dry_run=True, report_to="none",
+        **own[method],
+    )  # fmt: skip
+    norms, update = [], Run.update
+    monkeypatch.setattr(Run, "update", lambda run: norms.append(update(run)) or norms[-1])
+    if TABLE[method][base] == "no":
+        with pytest.raises(ValueError, match="is of the family .*; this works on SD 1.x, SD 2.x and the emoji world"):
+            trainer.train(cfg)
+        assert not norms
+        return
+    assert TABLE[method][base] == "yes"
+    with pytest.raises(SystemExit) as end:
+        trainer.train(cfg)
+    assert not end.value.code
+    assert len(norms) == 1 and 0 < norms[0] < float("inf")
+
+
+@cells("AlignIT")
+def test_alignit(method, base, folders):
+    """A concept draws another picture than its noun: by every layer's keys and values, or by the rows that enter."""
+    load = {"random_init": True, "shrink": SHRINK}
+    model = load_base(folders[base], **load)
+    pipe, settings = model.pipeline(), {}
+    if TABLE[method][base] == "yes":
+        learned = create("textual_inversion", model, "<x>", "a")
+        move(learned.module)
+        concept = Concept("<x>", "a", learned=learned)
+    else:
+        assert TABLE[method][base] == "rows"
+        custom = load_base(folders[base], **load).pipeline()
+        for name, part in custom.components.items():
+            if name.startswith("text_encoder"):
+                move(part)
+        settings = {"mode": "input", "custom": custom}
+        concept = Concept("x", "a")
+        with pytest.raises(ValueError, match="in joint attention.*Supported are"), alignit(pipe, [concept]):
+            pass
+
+    def draw(prompt: str) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt, num_inference_steps=1, height=32, width=32, generator=generator, output_type="pt").images
+
+    noun = draw("one a here")
+    with alignit(pipe, [concept], **settings):
+        drawn = draw(f"one {concept.phrase} here")
+    assert drawn.isfinite().all() and (drawn - noun).abs().max() > 1e-5
+    assert torch.equal(draw("one a here"), noun)
+
+
+def move(module: torch.nn.Module) -> None:
+    """As after some training."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
