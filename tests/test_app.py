@@ -555,44 +555,48 @@ REAL = {
 }
 
 
+@pytest.fixture
+def none_left(tmp_path):
+    """Ends what a failed test has left behind."""
+    yield
+    for run in jobs.runs(tmp_path):
+        if process := jobs.running(tmp_path / run):
+            process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", REAL)
-def test_real_trainings_on_ones_own_pictures(tmp_path, method):
+def test_real_trainings_on_ones_own_pictures(tmp_path, none_left, method):
     """From uploads to a set, a start, a stop with a save, and a resume, on the emoji world by the real trainers."""
     uploads, beside = [], []
     for i in range(3):
         example = SceneControls("label").example(i, (64, 64), torch.Generator().manual_seed(i))
-        pixels = (example.image * 255).byte().permute(1, 2, 0).numpy()
+        pixels, labels = (example.image * 255).byte().permute(1, 2, 0).numpy(), example.target.numpy().astype(np.uint8)
         uploads.append(str(picture(tmp_path / "uploads" / f"{i}.png", pixels)))
-        labels = example.target.numpy().astype(np.uint8)
-        beside.append(
-            str(picture(tmp_path / "beside" / f"{i}.png", labels if method == "controlnetpp" else labels * 0 + 255))
-        )
-    config = jobs.presets(method)[
-        "emoji_segmentation" if method == "controlnetpp" else next(iter(jobs.presets(method)))
-    ]
+        mask = np.full_like(labels, 255)
+        beside.append(str(picture(tmp_path / "beside" / f"{i}.png", labels if method == "controlnetpp" else mask)))
     if method == "controlnetpp":
-        keep, captions = data.for_controlnets(build_condition("segmentation")), "a cat\na dog\na rose"
+        preset, captions = "emoji_segmentation", "a cat\na dog\na rose"
+        keep = data.for_controlnets(build_condition("segmentation"))
     else:
-        keep, captions = data.for_concepts(64), "a <thing>\nthe <thing>\n<thing>"
+        preset, captions = next(iter(jobs.presets(method))), "a <thing>\nthe <thing>\n<thing>"
+        keep = data.for_concepts(64)
     path, findings = data.save_pictures(tmp_path / "data", "mine", data.matched(uploads, captions, beside), keep)
     assert [finding[1] for finding in findings] == ["used"] * 3
-    config = jobs.set_values(config, {forms.DATA_KEY[method]: str(path), **REAL[method], "train_batch_size": 2})
-    config = jobs.set_values(config, {"max_train_steps": 500, "logging_steps": 1, "validation_steps": 0})
+    changed = {forms.DATA_KEY[method]: str(path), **REAL[method], "train_batch_size": 2}
+    changed |= {"max_train_steps": 500, "logging_steps": 1, "validation_steps": 0}
 
-    run = jobs.start(tmp_path, method, "mine", config, EMOJI)
-    for end in range(2):
-        began = wait_for(tmp_path, run, "running", steps=2 + end * 2, seconds=900)
-        jobs.stop(tmp_path, run)
-        stopped = wait_for(tmp_path, run, "stopped", seconds=900)
-        assert began.step <= stopped.step < 500 and f"after step {stopped.step}" in stopped.message
-        assert (tmp_path / run / f"checkpoint-{stopped.step}" / "state.json").is_file()
-        if not end:
-            jobs.resume(tmp_path, run, EMOJI)
-            wait_for(tmp_path, run, "running", steps=stopped.step + 1, seconds=900)
-    losses = [row for row in jobs.curves(tmp_path, [run]) if row["curve"] == "loss"]
-    assert [row["step"] for row in losses] == list(range(1, stopped.step + 1))  # none twice, none left out
-    assert f"resuming {tmp_path / run}" in "\n".join(jobs._log_lines(tmp_path / run))
+    run = jobs.start(tmp_path, method, "mine", jobs.set_values(jobs.presets(method)[preset], changed), EMOJI)
+    wait_for(tmp_path, run, "running", steps=2, seconds=900)
+    jobs.stop(tmp_path, run)
+    stopped = wait_for(tmp_path, run, "stopped", seconds=900)
+    assert 2 <= stopped.step < 500 and f"after step {stopped.step}" in stopped.message
+    assert (tmp_path / run / f"checkpoint-{stopped.step}" / "state.json").is_file()
+    jobs.resume(tmp_path, run, EMOJI)
+    wait_for(tmp_path, run, "running", steps=stopped.step + 2, seconds=900)
+    losses = [row["step"] for row in jobs.curves(tmp_path, [run]) if row["curve"] == "loss"]
+    assert losses == list(range(1, len(losses) + 1))  # none twice, none left out
+    assert f"resuming {tmp_path / run} at step {stopped.step}" in "\n".join(jobs._log_lines(tmp_path / run))
 
 
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if name is not None])
