@@ -237,6 +237,7 @@ class Composed:
         ascent: int | Mapping[str, Any] | Ascent = 0,
         reward_scale: float = 0.0,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        reward_prompt: str | Sequence[str] | None = None,
         **options: Any,
     ) -> "Drawn":
         """The output of the stock pipeline, `.images`, with the prompts, seeds and rewards of what was drawn.
@@ -254,6 +255,7 @@ class Composed:
         ascent: steps, or settings, of gradient ascent on the initial noise (`guidance.Ascent`).
         reward_scale: strength of the reward's gradient at every step (`guidance.steered`): 0.1 is much.
         columns: what the reward wants to know beside the prompts, a value a prompt.
+        reward_prompt: what the reward is told in the prompt's place; prompt_embeds need it, as they are not text.
         options: of the stock pipeline (negative_prompt, num_inference_steps, guidance_scale, callbacks, ...).
 
         Raises ValueError for what this pipeline has no part for. Warns where no concept is in the prompt.
@@ -264,8 +266,14 @@ class Composed:
         if reward is None and (best_of != 1 or ascent or reward_scale):
             raise ValueError("best_of, ascent and reward_scale need a reward: pass reward=...")
         if reward is not None:
+            told = asked if reward_prompt is None else _listed(reward_prompt, {})
+            if (prompt is None and reward_prompt is None) or len(told) != len(asked):
+                raise ValueError(
+                    f"reward_prompt: expected {len(asked)}, one a prompt, to tell the reward what the pictures should "
+                    f"show, which prompt_embeds do not say; got {reward_prompt!r}."
+                )
             reward = _built(reward).to(self.pipe._execution_device)
-            search = RewardSearch(self._score(reward, asked, images, columns), best_of, as_ascent(ascent), reward_scale)
+            search = RewardSearch(self._score(reward, told, images, columns), best_of, as_ascent(ascent), reward_scale)
             search.check(self.pipe, reward, options)
         options |= self._control(control_image, options)
         if refine is not None:
@@ -380,11 +388,11 @@ class Composed:
         return {} if control_image is None else {name: control_image}
 
     def _score(
-        self, reward: nn.Module, asked: list[str], images: int, columns: Mapping[str, Sequence[Any]] | None
+        self, reward: nn.Module, told: list[str], images: int, columns: Mapping[str, Sequence[Any]] | None
     ) -> Score:
-        """Images -> [B], by the prompts as they were asked, in words that a judge knows."""
+        """Images -> [B], by the prompts in words that a judge knows."""
         nouns = {phrase: concept.concept.noun for phrase, concept in self.concepts.items()}
-        prompts = [substitute(one, nouns) for one in asked for _ in range(images)]
+        prompts = [substitute(one, nouns) for one in told for _ in range(images)]
         repeated = {name: [v for v in values for _ in range(images)] for name, values in (columns or {}).items()}
         if isinstance(reward, WeightedRewards):
             return lambda pictures: -reward(pictures, prompts, **repeated).loss

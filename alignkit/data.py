@@ -99,32 +99,47 @@ def read_concept_images(
         )
     images, wrong, odd, seen = [], [], [], {}
     for path in paths:
-        try:
-            image = open_image(path)
-        except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's of a broken PNG
-            wrong.append(f"{path.name} cannot be read ({error})")
+        found, image, problems = check_concept_image(path, resolution, placeholder_token)
+        images.append(found)
+        wrong += problems
+        if image is None:
             continue
-        side = min(image.size)
-        if 4 * side < resolution:
-            wrong.append(f"{path.name} has {image.width} x {image.height} pixels: expected at least {resolution // 4}")
-        elif side < resolution:
+        if not problems and min(image.size) < resolution:
             odd.append(f"{path.name} is enlarged from {image.width} x {image.height} to {resolution} pixels.")
         same = seen.setdefault(image.resize((16, 16)).tobytes(), path.name)
         if same != path.name:
             odd.append(f"{path.name} shows what {same} shows: a duplicate only counts twice.")
-        mask = folder / "masks" / f"{path.stem}.png"
-        if mask.is_file() and open_image(mask).size != image.size:
-            wrong.append(f"masks/{mask.name} has another size than {path.name}")
-        text = path.with_suffix(".txt")
-        caption = " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else None
-        if caption is not None and placeholder_token and placeholder_token not in caption:
-            wrong.append(f"{text.name} does not hold the placeholder {placeholder_token}: {caption!r}")
-        images.append(ConceptImage(path, caption, mask if mask.is_file() else None))
     if wrong:
         raise ValueError(f"{folder} has {len(wrong)} files that cannot be used: {'; '.join(wrong)}.")
     if len(images) < 3:
         odd.append(f"{folder} holds {len(images)} images: with fewer than 3, the background is learnt as well.")
     return images, odd
+
+
+def check_concept_image(
+    path: Path, resolution: int, placeholder_token: str | None = None
+) -> tuple[ConceptImage, Any, list[str]]:
+    """The image with its caption and mask; its pixels, None where they cannot be read; what is wrong, in sentences."""
+    mask, text = path.parent / "masks" / f"{path.stem}.png", path.with_suffix(".txt")
+    caption = " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else None
+    found, wrong = ConceptImage(path, caption, mask if mask.is_file() else None), []
+    unreadable = (OSError, ValueError, SyntaxError)  # SyntaxError: Pillow's of a broken PNG
+    try:
+        image = open_image(path)
+    except unreadable as error:
+        return found, None, [f"{path.name} cannot be read ({error})"]
+    if 4 * min(image.size) < resolution:
+        wrong.append(f"{path.name} has {image.width} x {image.height} pixels: expected at least {resolution // 4}")
+    if found.mask:
+        try:
+            size = open_image(mask).size
+            if size != image.size:
+                wrong.append(f"masks/{mask.name} has another size than {path.name}")
+        except unreadable as error:
+            wrong.append(f"masks/{mask.name} cannot be read ({error})")
+    if caption is not None and placeholder_token and placeholder_token not in caption:
+        wrong.append(f"{text.name} does not hold the placeholder {placeholder_token}: {caption!r}")
+    return found, image, wrong
 
 
 def open_image(path: str | Path) -> Any:

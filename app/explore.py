@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from app.generate import Cancelled, Models, Settings, draw
+from app.generate import Cancelled, Models, Settings, draw, in_turn
 
 MAX_CELLS = 64
+IG_STEPS, IG_BATCH = 24, 8  # points between gray and the picture, and how many are scored at a time
 REWARDS = ("aesthetic", "alignment", "compressibility", "incompressibility")  # which need nothing but the emoji world
 
 
@@ -41,6 +42,7 @@ AXES: dict[str, Callable[[Settings, float], Settings]] = {
 }
 
 
+@in_turn
 def grid(
     models: Models,
     settings: Settings,
@@ -80,6 +82,7 @@ def labelled(rows: list[list[Image.Image]], columns: list[str], lines: list[str]
     return sheet
 
 
+@in_turn
 def attention(
     models: Models, settings: Settings, tell: Callable[[int, int], None], stop: threading.Event
 ) -> list[tuple[Image.Image, str]]:
@@ -91,8 +94,8 @@ def attention(
 
     settings.check()
     settings = replace(settings, concepts=[], controlnet=None, alignit=False)
-    with models.lock:  # loading a LoRA exchanges the projections that are listened to
-        models.composed(settings) if settings.loras else models.plain(settings.base)
+    # first, since loading a LoRA exchanges the projections that are listened to
+    models.composed(settings) if settings.loras else models.plain(settings.base)
     network = models.base(settings.base).unet
     with record_attention(network) as record:
         picture = draw(models, settings, tell=tell, stop=stop)
@@ -111,12 +114,19 @@ def attention(
     return shown
 
 
+@in_turn
 def reward_map(
-    name: str, picture: Image.Image, prompt: str, method: str, stop: threading.Event | None = None
+    name: str,
+    picture: Image.Image,
+    prompt: str,
+    method: str,
+    tell: Callable[[], None] = lambda: None,
+    stop: threading.Event | None = None,
 ) -> tuple[Image.Image, float]:
     """Where a reward's gradient looks, and its score. method: saliency (|gradient|) or integrated gradients.
 
-    Integrated gradients (Sundararajan et al. 2017) go from a gray picture to this one.
+    Integrated gradients (Sundararajan et al. 2017) go from a gray picture to this one. `tell()` is called after each
+    of `reward_calls(method)` evaluations of the reward.
     """
     import torch
     from captum.attr import IntegratedGradients, Saliency
@@ -132,7 +142,9 @@ def reward_map(
     def score(images: torch.Tensor) -> torch.Tensor:
         if stop is not None and stop.is_set():
             raise Cancelled
-        return reward(images.clamp(0, 1), [prompt or "a picture"] * len(images))
+        scores = reward(images.clamp(0, 1), [prompt or "a picture"] * len(images))
+        tell()
+        return scores
 
     image = to_tensor(picture)[None].requires_grad_()
     with torch.no_grad():
@@ -141,8 +153,12 @@ def reward_map(
         found = Saliency(score).attribute(image)
     else:
         gray = torch.full_like(image, 0.5)
-        found = IntegratedGradients(score).attribute(image, gray, n_steps=24, internal_batch_size=8)
+        found = IntegratedGradients(score).attribute(image, gray, n_steps=IG_STEPS, internal_batch_size=IG_BATCH)
     return overlay(picture, found.detach().abs().sum((0, 1)).numpy()), value
+
+
+def reward_calls(method: str) -> int:
+    return 2 if method == "saliency" else 1 + IG_STEPS // IG_BATCH
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:

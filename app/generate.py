@@ -2,11 +2,15 @@
 
 import base64
 import binascii
+import contextvars
+import functools
 import io
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,46 @@ MAX_PROMPT = 2000
 
 class Cancelled(Exception):
     """Somebody pressed the button."""
+
+
+# The one thread in which models work
+
+_work: queue.SimpleQueue = queue.SimpleQueue()
+
+
+def _take_turns() -> None:
+    while True:
+        future, function = _work.get()
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        del future, function  # what they hold would live until the next turn
+
+
+_worker = threading.Thread(target=_take_turns, name="models", daemon=True)  # a daemon: Ctrl-C waits for no picture
+_worker.start()
+
+
+def in_turn(function: Callable) -> Callable:
+    """The function, always run in one and the same thread, in turn with all others of these.
+
+    The page has forty threads. Of the memory that a model's work needs, some stays with the thread that did it, 8 MB
+    at least, and OpenMP keeps a team of threads for each: memory would grow until all of them have drawn.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is _worker:
+            return function(*args, **kwargs)
+        future: Future = Future()
+        _work.put((future, functools.partial(contextvars.copy_context().run, function, *args, **kwargs)))
+        try:
+            return future.result()
+        finally:
+            del future  # else an error, its frames and this one hold each other
+
+    return wrapped
 
 
 @dataclass
@@ -63,11 +107,10 @@ class Settings:
 
 
 class Models:
-    """One base at a time, and what was composed on it last. Calls come one after another."""
+    """One base at a time, and what was composed on it last. Used `in_turn`."""
 
     def __init__(self, folder: Path, bases: Mapping[str, str], safety_checker: str | None = None):
         self.folder, self.bases, self.safety_checker = folder, bases, safety_checker
-        self.lock = threading.Lock()
         self._base: tuple[str, Any] | None = None
         self._composed: tuple[tuple, Any] | None = None
         self._checker: Any = None
@@ -181,6 +224,7 @@ def controlnets(folder: Path) -> list[str]:
 # Controls
 
 
+@in_turn
 def extract_control(
     models: Models, base: str, controlnet: str | None, picture: Image.Image, is_map: bool
 ) -> Image.Image:
@@ -212,6 +256,7 @@ def _condition(folder: Path, controlnet: str | None) -> Any:
 # Drawing
 
 
+@in_turn
 def draw(
     models: Models,
     settings: Settings,
@@ -239,30 +284,29 @@ def draw(
         "guidance_scale": settings.guidance_scale,
         "callback_on_step_end": after_step,
     }
-    with models.lock:
-        models.base(settings.base).check_prompts([settings.prompt, settings.negative_prompt])
-        if tuned and settings.is_tuned:
-            composed = models.composed(settings)
-            if settings.controlnet:
-                if control is None:
-                    raise ValueError("This ControlNet wants a control: upload or draw one.")
-                options |= {"controlnet_conditioning_scale": settings.control_scale}
-            image = composed(
-                settings.prompt,
-                control_image=control if settings.controlnet else None,
-                alignit={"strength": settings.strength} if settings.alignit else False,
-                lora_scale={adapter(name): weight for name, weight in settings.loras.items()},
-                truncation=settings.truncation if settings.concepts else None,
-                seed=settings.seed,
-                **options,
-            ).images[0]
-        else:
-            import torch
+    models.base(settings.base).check_prompts([settings.prompt, settings.negative_prompt])
+    if tuned and settings.is_tuned:
+        composed = models.composed(settings)
+        if settings.controlnet:
+            if control is None:
+                raise ValueError("This ControlNet wants a control: upload or draw one.")
+            options |= {"controlnet_conditioning_scale": settings.control_scale}
+        image = composed(
+            settings.prompt,
+            control_image=control if settings.controlnet else None,
+            alignit={"strength": settings.strength} if settings.alignit else False,
+            lora_scale={adapter(name): weight for name, weight in settings.loras.items()},
+            truncation=settings.truncation if settings.concepts else None,
+            seed=settings.seed,
+            **options,
+        ).images[0]
+    else:
+        import torch
 
-            pipe = models.plain(settings.base)
-            generator = torch.Generator().manual_seed(settings.seed)
-            image = pipe(_without_concepts(models.folder, settings), generator=generator, **options).images[0]
-        image = models.check_safety(image)
+        pipe = models.plain(settings.base)
+        generator = torch.Generator().manual_seed(settings.seed)
+        image = pipe(_without_concepts(models.folder, settings), generator=generator, **options).images[0]
+    image = models.check_safety(image)
     return with_settings(image, settings, control if tuned else None)
 
 

@@ -5,10 +5,12 @@ the trainer writes all else. Nothing is kept in memory, so a page that is starte
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ METHODS = ("alignprop", "controlnetpp", "neti", "customize")
 CONFIG, RECORD, LOG = "job.yaml", "job.json", "log.txt"
 ARTIFACTS = (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".md", ".txt")
 START = threading.Lock()
+STEPS_OF_BAR = re.compile(r"\| (\d+)/(\d+) \[[\d:]+<([\d:]+|\?)")  # in tqdm's bar: done, of, time left
+_took: dict[tuple[str, str], float] = {}  # seconds of the newest dry run of a method and a base
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ def stop(folder: Path, run: str) -> None:
 
 
 def dry_run(folder: Path, method: str, config: str, bases: Mapping[str, str]) -> Iterator[str]:
-    """Two steps without a trace. Yields what to say so far, at last time and memory; closing it ends the process."""
+    """Two steps without a trace.
+
+    Yields how far it is, in words that end in "…", and at last time and memory. Closing it ends the process.
+    """
     if method not in METHODS:
         raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
     config = _checked(folder, config, bases)
@@ -102,12 +109,13 @@ def dry_run(folder: Path, method: str, config: str, bases: Mapping[str, str]) ->
     scratch = folder / ".dry-run" / str(threading.get_ident())
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / CONFIG).write_text(config, encoding="utf-8")
-    process = None
+    key = (method, safety.read_config(config).get("pretrained_model_name_or_path", "emoji"))
+    process, started = None, time.monotonic()
     try:
         with open(scratch / LOG, "wb") as log:
             process = _popen([*_command(scratch, method), "--dry_run", "true"], log)
         while process.poll() is None:
-            yield "Measuring two steps…"
+            yield _measuring(_log_lines(scratch), time.monotonic() - started, _took.get(key))
             try:
                 process.wait(0.5)
             except subprocess.TimeoutExpired:
@@ -116,12 +124,29 @@ def dry_run(folder: Path, method: str, config: str, bases: Mapping[str, str]) ->
         found = [line for line in lines if line.startswith("dry run:")]
         if process.returncode or not found:
             raise ValueError(_last_words(lines))
+        _took[key] = time.monotonic() - started
         yield "\n\n".join(found)
     finally:
         if process is not None and process.poll() is None:
             process.kill()
             process.wait()
         remove(scratch)
+
+
+def _measuring(log: list[str], seconds: float, took: float | None) -> str:
+    """How far a dry run is. `took`: seconds of the one before, by which the time left is told; else by the steps."""
+    bar = STEPS_OF_BAR.search(log[-1]) if log else None
+    stage, left = "getting ready", None
+    if bar:
+        done, total = int(bar[1]), int(bar[2])
+        stage = f"step {done + 1} of {total}" if done < total else "drawing a validation"
+        if 0 < done < total:
+            units = zip(reversed(bar[3].split(":")), (1, 60, 3600), strict=False)
+            left = sum(int(number) * unit for number, unit in units)
+    if took:
+        left = took - seconds if took > seconds else None
+    told = f", {duration(left)} left" if left is not None else ""
+    return f"Dry run: {stage}, {seconds:.0f} s so far{told}…"
 
 
 def delete(folder: Path, run: str) -> None:
@@ -134,11 +159,16 @@ def delete(folder: Path, run: str) -> None:
 def _checked(folder: Path, config: str, bases: Mapping[str, str]) -> str:
     """The YAML, with the base's place where it has the page's name for it."""
     data = safety.read_config(config)
-    safety.check_config(data, ROOT, [ROOT / "configs", folder], {*bases, *bases.values()})
+    check(folder, data, bases)
     base = data.get("pretrained_model_name_or_path", "emoji")
     return (
         set_values(config, {"pretrained_model_name_or_path": bases[base]}) if bases.get(base, base) != base else config
     )
+
+
+def check(folder: Path, config: dict[str, Any], bases: Mapping[str, str]) -> None:
+    """Refuses a config that reaches out of the page."""
+    safety.check_config(config, ROOT, [ROOT / "configs", folder], {*bases, *bases.values()})
 
 
 def _refuse_second(folder: Path) -> None:
@@ -216,7 +246,8 @@ def status(folder: Path, run: str) -> Status:
     events = read_events(path / "events.jsonl")
     begun = [event for event in events if event["type"] == "start"]
     max_steps = begun[-1]["max_train_steps"] if begun else 0
-    position = max((event["step"] + 1 for event in events if event["type"] == "scalars"), default=0)
+    ends = ("scalars", "checkpoint", "stop", "finish")  # scalars are logged every so many steps
+    position = max((event["step"] + 1 for event in events if event["type"] in ends), default=0)
     if running(path):
         return Status("running", position, max_steps, _seconds_left(events, max_steps))
     last = next((event for event in reversed(events) if event["type"] in ("finish", "stop", "error", "start")), None)
@@ -234,13 +265,17 @@ def status(folder: Path, run: str) -> Status:
 
 
 def _seconds_left(events: list[dict], max_steps: int) -> float | None:
-    """By the pace of the last hundred logged steps since the newest start."""
-    first = max((i for i, event in enumerate(events) if event["type"] == "start"), default=0)
-    scalars = [event for event in events[first:] if event["type"] == "scalars"][-100:]
-    if len(scalars) < 2 or scalars[-1]["step"] == scalars[0]["step"]:
+    """By the pace of the last hundred logged steps since the newest start; of the first one, since that start."""
+    first = max((i for i, event in enumerate(events) if event["type"] == "start"), default=None)
+    if first is None:
         return None
-    pace = (scalars[-1]["time"] - scalars[0]["time"]) / (scalars[-1]["step"] - scalars[0]["step"])
-    return pace * (max_steps - 1 - scalars[-1]["step"])
+    done = [(event["step"] + 1, event["time"]) for event in events[first:] if event["type"] == "scalars"][-100:]
+    if len(done) == 1:
+        done.insert(0, (events[first]["step"], events[first]["time"]))
+    if not done or done[-1][0] == done[0][0]:
+        return None
+    pace = (done[-1][1] - done[0][1]) / (done[-1][0] - done[0][0])
+    return pace * (max_steps - done[-1][0])
 
 
 def curves(folder: Path, names: list[str]) -> list[dict[str, Any]]:

@@ -100,6 +100,7 @@ def launch(
         mcp_server=False,
         pwa=False,
         footer_links=["api"],
+        _frontend=False,  # skips a look at the page that gives up after 3 s, which a busy machine needs longer for
         theme=THEME,
         css=CSS,
         **options,

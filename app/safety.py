@@ -18,6 +18,7 @@ MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 4096 * 4096
 MAX_FILES = 200
 MAX_YAML_BYTES = 100_000
+MAP_MODES = ("1", "L", "I", "I;16", "LA", "P", "RGB", "RGBA")  # as which a PNG can be written
 FAILED_LOGINS, LOGIN_WINDOW = 10, 60.0  # in so many seconds
 
 # What a config says in words; every other string has to be a plain value or a name of ours.
@@ -57,10 +58,10 @@ def limit_pixels() -> None:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses above twice as many
 
 
-def check_picture(path: str | Path) -> None:
-    """Refuses what is no picture, or too large a one, by its header."""
+def check_picture(path: str | Path, name: str | None = None) -> None:
+    """Refuses what is no picture, or too large a one, by its header; `name`: what it is called in the sentence."""
     path = Path(path)
-    name = path.name[:80]
+    name = (name or path.name)[:80]
     if not path.is_file():
         raise ValueError("Upload the picture as a file.")
     if path.stat().st_size > MAX_FILE_BYTES:
@@ -76,15 +77,29 @@ def check_picture(path: str | Path) -> None:
         raise ValueError(f"{name} has {width} x {height} pixels: at most {MAX_PIXELS / 1e6:.0f} million are taken.")
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path, name: str | None = None) -> Image.Image:
     """An upload as RGB, turned as its EXIF says, checked first."""
     from alignkit.data import open_image
 
-    check_picture(path)
+    check_picture(path, name)
     try:
         return open_image(path)
     except Exception as error:
-        raise ValueError(f"{Path(path).name[:80]} is damaged: its pixels cannot be read.") from error
+        raise ValueError(f"{(name or Path(path).name)[:80]} is damaged: its pixels cannot be read.") from error
+
+
+def open_map(path: str | Path, name: str) -> Image.Image:
+    """An uploaded control map or mask with its numbers as they are, checked first, without metadata."""
+    check_picture(path, name)
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            plain = image.copy()
+    except Exception as error:
+        raise ValueError(f"{name[:80]} is damaged: its pixels cannot be read.") from error
+    if plain.mode not in MAP_MODES:
+        raise ValueError(f"{name[:80]} is of mode {plain.mode}: save it as a PNG, gray or with a number a pixel.")
+    plain.info = {}
+    return plain
 
 
 # Configs

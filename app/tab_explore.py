@@ -145,8 +145,9 @@ def _reward(page: ui.Page) -> None:
         if not upload:
             raise ValueError("Upload a picture first.")
         with ui.stoppable(page, request) as stopped:
-            progress(0, desc="Looking")
-            picture, score = explore.reward_map(name, safety.open_picture(upload), prompt, method, stopped)
+            progress(0, desc="Loading")
+            tell = generate.Timer(progress, "Looking", explore.reward_calls(method))
+            picture, score = explore.reward_map(name, safety.open_picture(upload), prompt, method, tell, stopped)
             return f"{name}: {score:.4g}", picture
 
     event = go.click(

@@ -20,9 +20,10 @@ def build(page: ui.Page) -> None:
                 go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                 stop = gr.Button("Cancel", min_width=80, elem_id="cancel")
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
                 dice = gr.Button("Another seed", min_width=100)
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
+            status = gr.Markdown("", elem_id="generate_status", min_height=60)
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
                 options = {
@@ -35,7 +36,6 @@ def build(page: ui.Page) -> None:
                 options |= {"buttons": ui.BUTTONS}
                 before = gr.Image(label="Base", elem_id="base_image", **options)
                 after = gr.Image(label="Tuned", elem_id="tuned_image", **options)
-            status = gr.Markdown("", elem_id="generate_status", min_height=60)
             with gr.Accordion("Settings of these pictures", open=False):
                 used = gr.JSON(label="Settings")
                 gr.Markdown("Each PNG carries them: download one, and give it back here later.")
@@ -109,7 +109,11 @@ def build(page: ui.Page) -> None:
                 yield "", before, after, asdict(settings)
 
     @ui.said
-    def look(base: str, controlnet: str, kind: str, upload: str | None, sketch: dict | None):
+    def look(
+        base: str, controlnet: str, kind: str, upload: str | None, sketch: dict | None,
+        progress=gr.Progress(),  # noqa: B008
+    ):  # fmt: skip
+        progress(0, desc="Reading the map off the picture")
         control = control_of(base, controlnet, kind, upload, sketch)
         if control is None:
             raise ValueError("Choose a ControlNet first.")
@@ -136,9 +140,11 @@ def build(page: ui.Page) -> None:
         [go.click, prompt.submit], draw, chosen, outputs, api_name="generate", show_progress="full",
         show_progress_on=status, **ui.MODEL,
     )  # fmt: skip
-    stop.click(cancel, None, status, cancels=[drawing], api_name="cancel", queue=False)
+    looking = preview.click(
+        look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL
+    )
+    stop.click(cancel, None, status, cancels=[drawing, looking], api_name="cancel", queue=False)
     dice.click(lambda: random.randrange(2**32), None, seed, **ui.QUICK)
-    preview.click(look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL)
     png.upload(load, png, [*chosen, used], api_name="read_settings", concurrency_limit=None, show_progress="hidden")
 
     def refresh():

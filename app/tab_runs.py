@@ -86,7 +86,7 @@ def build(page: ui.Page) -> None:
 
     again.click(refresh, None, [table, run, several], **ui.QUICK)
     run.change(inspect, run, [status, pictures, config, files, asking], **ui.ACTION)
-    pack.click(download, run, files, **ui.ACTION)
+    pack.click(download, run, files, show_progress_on=status, **ui.ACTION | {"show_progress": "full"})  # copies them
     delete.click(ask, run, [question, asking], **ui.ACTION)
     keep.click(lambda: gr.Group(visible=False), None, asking, **ui.QUICK)
     sure.click(remove, run, [table, run, several, asking], **ui.ACTION)

@@ -6,6 +6,7 @@ import gradio as gr
 import pandas as pd
 
 from app import data, forms, jobs, safety, ui
+from app.generate import Timer
 
 TABS = {"Align": ("alignprop",), "Control": ("controlnetpp",), "Personalize": ("neti", "customize")}
 TITLES = {"neti": "A word (NeTI)", "customize": "DreamBooth, Custom Diffusion"}
@@ -15,6 +16,14 @@ ABOUT = {
     "neti": "**NeTI** learns a new word from three to eight pictures. The model itself stays as it is.",
     "customize": "**DreamBooth** with a LoRA, or **Custom Diffusion**: they change the model for one thing you show.",
 }
+ABOUT_DATA = {
+    "controlnetpp": "Pictures, a caption for each. Maps (labels, depths) are read off them unless you give your own. "
+    "Or one zip: `cat.jpg`, its caption `cat.txt`, its map `maps/cat.png`; or with the `metadata.jsonl` of the docs.",
+    "neti": "Three to eight pictures of one thing; captions and masks if you like: captions hold the new word, and "
+    "white in a mask is what it learns. Or one zip: `cat.jpg`, its caption `cat.txt`, its mask `masks/cat.png`.",
+    "customize": "Three to eight pictures of one thing, or one zip of them.",
+}
+SMALLEST = 64  # pixels of the bundled base; what a larger one refuses besides, it says before it trains
 EXAMPLE = "configs/customize/emoji_concept"
 CONFIG_OWN, EXAMPLE_PICTURES = "as the settings say", "example: a cat of the emoji world"
 POLL_SECONDS = 2.0
@@ -36,6 +45,10 @@ def _build(page: ui.Page, method: str) -> None:
     own_data = method in ("neti", "customize")
     choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if own_data else [])]
     gr.Markdown(ABOUT[method])
+    text = gr.Code(
+        presets[first], language="yaml", label="Settings", max_lines=30, interactive=True, elem_id=f"{method}_yaml",
+        render=False,
+    )  # fmt: skip
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
@@ -43,17 +56,10 @@ def _build(page: ui.Page, method: str) -> None:
             name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")
             source = gr.Dropdown(choices, value=choices[-1], label="Data", allow_custom_value=True)
             with gr.Accordion("Data of your own", open=False):
-                _build_data(page, method, source)
+                _build_data(page, method, source, choices, text)
             fields = _fields(method, presets[first])
             with gr.Accordion("All settings (YAML)", open=False):
-                text = gr.Code(
-                    presets[first],
-                    language="yaml",
-                    label="Settings",
-                    max_lines=30,
-                    interactive=True,
-                    elem_id=f"{method}_yaml",
-                )
+                text.render()
                 with gr.Row():
                     upload = gr.UploadButton("Upload", file_types=[".yaml", ".yml"], min_width=100)
                     download = gr.DownloadButton("Download", min_width=100)
@@ -228,7 +234,7 @@ def _fields(method: str, config: str) -> list[gr.components.Component]:
     return made
 
 
-def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
+def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[str], text: gr.Code) -> None:
     called = gr.Textbox(label="Name of the set", placeholder="my-pictures", elem_id=f"{method}_set")
     if method == "alignprop":
         prompts = gr.Textbox(label="Prompts, one a line", lines=5)
@@ -237,32 +243,64 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown) -> None:
         @ui.said
         def keep_prompts(name: str, text: str):
             data.save_prompts(page.data, name, text)
-            return gr.Dropdown([CONFIG_OWN, *data.sets(page.data, method)], value=name)
+            return gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
 
         keep.click(keep_prompts, [called, prompts], source, **ui.ACTION)
         return
-    gr.Markdown(
-        "Three to eight pictures of one thing." if method != "controlnetpp" else "Pictures, a caption for each."
-    )
+    gr.Markdown(ABOUT_DATA[method])
     uploads = gr.File(
-        label="Pictures", file_count="multiple", file_types=safety.IMAGE_SUFFIXES, elem_id=f"{method}_uploads"
-    )
+        label="Pictures, or a zip", file_count="multiple", file_types=[*safety.IMAGE_SUFFIXES, ".zip"],
+        elem_id=f"{method}_uploads",
+    )  # fmt: skip
     captions = gr.Textbox(
-        label="Captions, one a line, in the order of the pictures", lines=4, visible=method == "controlnetpp"
+        label="Captions, one a line, in the order of the pictures", lines=4, visible=method != "customize"
     )
-    keep = gr.Button("Check and keep", elem_id=f"{method}_keep")
-    told = gr.Markdown("")
+    beside = gr.File(
+        label="Maps, called as their pictures" if method == "controlnetpp" else "Masks, called as their pictures",
+        file_count="multiple", file_types=safety.IMAGE_SUFFIXES, visible=method != "customize",
+        elem_id=f"{method}_beside",
+    )  # fmt: skip
+    with gr.Row():
+        keep = gr.Button("Check and keep", min_width=120, elem_id=f"{method}_keep")
+        stop = gr.Button("Cancel", min_width=80)
+    told = gr.Markdown("", min_height=60)
     table = gr.Dataframe(
         headers=["file", "", "why"], interactive=False, wrap=True, visible=False, elem_id=f"{method}_findings"
     )
 
     @ui.said
-    def keep_pictures(name: str, uploads: list[str] | None, captions: str | None):
-        if method == "controlnetpp" and not (captions or "").strip():
-            raise ValueError("A ControlNet learns from pictures with captions: write one for each.")
-        path, findings = data.save_pictures(page.data, name, uploads or [], captions or "")
-        chosen = gr.skip() if path is None else gr.Dropdown(data.sets(page.data, method), value=name)
-        said = ["None of these pictures can be used."] if path is None else data.check(path, resolution=64)
-        return chosen, "\n\n".join(said), gr.Dataframe([list(finding) for finding in findings], visible=True)
+    def keep_pictures(
+        name: str, uploads: list[str] | None, captions: str | None, beside: list[str] | None, config: str,
+        request: gr.Request, progress=gr.Progress(),  # noqa: B008
+    ):  # fmt: skip
+        progress(0, desc="Loading")
+        beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path")
+        said = {key: value for key, value in safety.read_config(config).items() if key not in beside_the_point}
+        jobs.check(page.folder, said, page.bases)
+        if method == "controlnetpp":
+            condition = data.condition_of(said)
+            column = said.get("condition_column") or condition.column
+            folder, keeping = data.MAPS, data.for_controlnets(condition, column)
+        else:
+            word = said.get("placeholder_token") if method == "neti" else None  # the other's captions are its templates
+            column, folder = None, data.MASKS
+            keeping = data.for_concepts(said.get("resolution") or SMALLEST, word)
+        with (
+            ui.stoppable(page, request) as stopped,
+            data.given(uploads or [], captions or "", beside or [], folder, column) as items,
+        ):
+            tell = Timer(progress, "Checking", max(1, len(items)))
+            path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
+        chosen = gr.skip() if path is None else gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
+        words = ["None of these pictures can be used."] if path is None else data.check(path, SMALLEST)
+        return chosen, "\n\n".join(words), gr.Dataframe([list(finding) for finding in findings], visible=True)
 
-    keep.click(keep_pictures, [called, uploads, captions], [source, told, table], **ui.ACTION)
+    def cancel(request: gr.Request) -> str:
+        ui.cancel(page, request)
+        return "Cancelled: nothing was kept."
+
+    event = keep.click(
+        keep_pictures, [called, uploads, captions, beside, text], [source, told, table], show_progress_on=told,
+        **ui.ACTION | {"show_progress": "full"},
+    )  # fmt: skip
+    stop.click(cancel, None, told, cancels=[event], **ui.QUICK)

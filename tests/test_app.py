@@ -5,12 +5,15 @@ import importlib
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
@@ -23,7 +26,10 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from alignkit import concepts, load_base
 from alignkit.artifacts import save_json
+from alignkit.conditions import Condition, build_condition
 from alignkit.controlnet import new_controlnet, save_controlnet
+from alignkit.controls import SceneControls, open_controls
+from alignkit.data import read_concept_images
 from app import data, explore, forms, generate, jobs, page, safety, ui
 from app.generate import Settings
 from tests.app_server import make_world, toy_command
@@ -119,12 +125,26 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, limited, monkeypat
         Image.open(tmp_path / "huge.png")
 
 
+def given(tmp_path, captions="", beside=(), **files):
+    """Uploads `<name>.png` with these contents, as the page hands them on."""
+    uploads = []
+    for name, content in files.items():
+        uploads.append(tmp_path / f"{name}.png")
+        uploads[-1].write_bytes(content)
+    return data.matched([str(file) for file in uploads], captions, [str(file) for file in beside])
+
+
+def picture(path: Path, array) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
 def test_kept_pictures_hold_pixels_alone(tmp_path):
     exif = Image.Exif()
     exif[0x010E] = "where I live"
-    (tmp_path / "a.png").write_bytes(png_bytes(exif=exif) + b"<script>")
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    path, findings = data.save_pictures(tmp_path / "data", "mine", [str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    items = given(tmp_path, a=png_bytes(exif=exif) + b"<script>", b=b"no picture")
+    path, findings = data.save_pictures(tmp_path / "data", "mine", items, data.for_concepts(16))
     assert findings[0] == ("a.png", "used", "001.png")
     assert findings[1][:2] == ("b.png", "refused") and "not a picture" in findings[1][2]
     kept = (path / "001.png").read_bytes()
@@ -133,19 +153,148 @@ def test_kept_pictures_hold_pixels_alone(tmp_path):
     assert Image.open(path / "001.png").getpixel((0, 0)) == (200, 10, 10)
     assert data.sets(tmp_path / "data", "neti") == ["mine"] and data.sets(tmp_path / "data", "controlnetpp") == []
     with pytest.raises(ValueError, match="already"):
-        data.save_pictures(tmp_path / "data", "mine", [str(tmp_path / "a.png")])
+        data.save_pictures(tmp_path / "data", "mine", items, data.for_concepts(16))
+    none, findings = data.save_pictures(tmp_path / "data", "none", items[1:], data.for_concepts(16))
+    assert none is None and findings[0][1] == "refused" and not (tmp_path / "data" / "none").exists()
 
 
 def test_pictures_with_captions_become_a_set_for_controlnets(tmp_path):
-    uploads = []
-    for i in range(2):
-        uploads.append(str(tmp_path / f"{i}.png"))
-        Path(uploads[-1]).write_bytes(png_bytes())
     with pytest.raises(ValueError, match="caption for each of the 2"):
-        data.save_pictures(tmp_path / "data", "mine", uploads, "a cat")
-    path, _ = data.save_pictures(tmp_path / "data", "mine", uploads, 'a "cat"\n\na dog')
-    assert data.check(path, 64) == ["2 pictures with a caption."]
+        given(tmp_path, "a cat", a=png_bytes(), b=png_bytes())
+    items = given(tmp_path, 'a "cat"\n\na dog', a=png_bytes(), b=png_bytes())
+    path, _ = data.save_pictures(tmp_path / "data", "mine", items, data.for_controlnets(build_condition("canny")))
+    assert data.check(path, 64) == ["2 pictures with a caption, 0 with a map."]
     assert data.sets(tmp_path / "data", "controlnetpp") == ["mine"]
+    (found,) = data.save_pictures(
+        tmp_path / "data", "x", given(tmp_path, c=png_bytes()), data.for_controlnets(Map(), "depth")
+    )[1]
+    assert found[1] == "refused" and "no caption" in found[2]
+
+
+class Map(Condition):
+    """A condition without a model, with files of its own."""
+
+    column = "map"
+
+    def predict(self, images):
+        return images.mean(1)
+
+
+def test_maps_keep_their_numbers(tmp_path):
+    """16 bits of them, and labels; what the trainer would refuse is refused here, with its reason."""
+    deep = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40) * 50
+    beside = [
+        picture(tmp_path / "maps" / "a.png", deep),
+        picture(tmp_path / "maps" / "b.png", np.zeros((8, 8), np.uint8)),
+        picture(tmp_path / "maps" / "c.png", np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)),
+    ]
+    items = given(tmp_path, "one\ntwo\nthree\nfour", beside, a=png_bytes(), b=png_bytes(), c=png_bytes(), d=png_bytes())
+    path, findings = data.save_pictures(tmp_path / "data", "mine", items, data.for_controlnets(Map()))
+    assert [why[:2] for why in findings] == [
+        ("a.png", "used"),
+        ("b.png", "refused"),
+        ("c.png", "refused"),
+        ("d.png", "used"),
+    ]
+    assert "image's size 40 x 30, got 8 x 8" in findings[1][2] and "colour picture" in findings[2][2]
+    assert (np.asarray(Image.open(path / "maps" / "001.png")) == deep).all()
+    assert [file.name for file in (path / "maps").iterdir()] == ["001.png"]
+    controls = open_controls(str(path), Map())  # as the trainer opens it
+    assert [row.target for row in controls.rows] == [path / "maps" / "001.png", None]
+    assert data.check(path, 64) == ["2 pictures with a caption, 1 with a map."]
+    (found,) = data.save_pictures(tmp_path / "data", "x", items[:1], data.for_controlnets(build_condition("canny")))[1]
+    assert "read off the picture" in found[2]
+    with pytest.raises(ValueError, match="no picture called 'e'"):
+        given(tmp_path, beside=[tmp_path / "e.png"], a=png_bytes())
+
+
+def test_masks_and_captions_of_a_concept(tmp_path):
+    beside = [picture(tmp_path / "masks" / f"{name}.png", np.full(size, 255, np.uint8)) for name, size in
+              (("a", (30, 40)), ("b", (9, 9)))]  # fmt: skip
+    items = given(tmp_path, "a <thing>\na <thing>\na hat", beside, a=png_bytes(), b=png_bytes(), c=png_bytes())
+    path, findings = data.save_pictures(tmp_path / "data", "mine", items, data.for_concepts(64, "<thing>"))
+    assert findings[0][1] == "used" and "its mask has another size than b.png" in findings[1][2]
+    assert "its caption does not hold the placeholder <thing>" in findings[2][2]
+    (image,), _ = read_concept_images(path, 16, "<thing>")
+    assert image.caption == "a <thing>" and image.mask == path / "masks" / "001.png"
+    small = given(tmp_path, a=png_bytes())
+    assert "expected at least 128" in data.save_pictures(tmp_path / "data", "x", small, data.for_concepts(512))[1][0][2]
+
+
+def zipped(tmp_path, **options):
+    """A zip of these files, by name; opened as the page does, as {name: (texts, whether there is a map or mask)}."""
+
+    def open_zip(files: dict, folder: str = "maps", column: str | None = None):
+        path = tmp_path / "set.zip"
+        with zipfile.ZipFile(path, "w", **options) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        with data.given([str(path)], "", [], folder, column) as items:
+            assert all(item.picture.read_bytes() == png_bytes() for item in items)
+            return {item.name: (item.texts, item.beside is not None) for item in items}
+
+    return open_zip
+
+
+def test_zips(tmp_path):
+    open_zip = zipped(tmp_path)
+    files = {"set/cat.png": png_bytes(), "set/cat.txt": "a\ncat", "set/maps/cat.png": png_bytes(),
+             "set/sub/dog.JPG": png_bytes(), "__MACOSX/set/._cat.png": b"x", "set/.hidden.png": b"x"}  # fmt: skip
+    assert open_zip(files) == {"cat.png": (("a cat",), True), "sub/dog.JPG": ((), False)}
+    assert open_zip(files, "masks") == {"cat.png": (("a cat",), False), "sub/dog.JPG": ((), False)}
+    row = {"image": "cat.png", "text": ["a cat", "one"], "label": "sub/dog.JPG"}
+    rows = files | {"set/metadata.jsonl": json.dumps(row)}
+    assert open_zip(rows, "maps", "label") == {"cat.png": (("a cat", "one"), True)}
+
+
+@pytest.mark.parametrize("image", ["/etc/passwd", "../../etc/passwd", "elsewhere.png"])
+def test_a_zip_s_rows_name_its_own_files(tmp_path, image):
+    open_zip = zipped(tmp_path)
+    for row in ({"image": image, "text": "a"}, {"image": "a.png", "text": "a", "label": image}):
+        with pytest.raises(ValueError, match="^metadata.jsonl, line 1: .* is not in the zip"):
+            open_zip({"a.png": png_bytes(), "metadata.jsonl": json.dumps(row)}, "maps", "label")
+    with pytest.raises(ValueError, match="^metadata.jsonl, line 1: not JSON"):
+        open_zip({"a.png": png_bytes(), "metadata.jsonl": "{"})
+
+
+def test_zips_that_are_refused(tmp_path, monkeypatch):
+    open_zip = zipped(tmp_path, compression=zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(safety, "MAX_FILE_BYTES", 10_000)
+    with pytest.raises(ValueError, match="a.png has more than"):
+        open_zip({"a.png": bytes(10_001)})
+    monkeypatch.setattr(data, "MAX_UNPACKED_BYTES", 20_000)
+    with pytest.raises(ValueError, match="when it is unpacked"):
+        open_zip({f"{i}.png": bytes(9000) for i in range(3)})
+    with pytest.raises(ValueError, match="601 files"):
+        open_zip({f"{i}.png": b"" for i in range(601)})
+    with pytest.raises(ValueError, match="not UTF-8"):
+        open_zip({"a.png": png_bytes(), "a.txt": b"\xff\xfe\xff"})
+    outside = open_zip({"../../up.png": png_bytes(), "/etc/root.png": png_bytes(), "c:\\win.png": png_bytes()})
+    assert len(outside) == 2  # what begins with a dot is passed over, and no name is a path
+    assert {file.name for file in tmp_path.iterdir()} == {"set.zip"}
+    open_zip({"a.png": png_bytes()})
+    content = (tmp_path / "set.zip").read_bytes()
+    damaged = content[:40] + bytes(byte ^ 255 for byte in content[40:50]) + content[50:]
+    for broken in (b"no zip", content[:100], damaged):
+        (tmp_path / "bad.zip").write_bytes(broken)
+        with pytest.raises(ValueError, match="bad.zip is not a zip that can be read"), \
+             data.given([str(tmp_path / "bad.zip")], "", [], "maps", None):  # fmt: skip
+            pass
+    with pytest.raises(ValueError, match="one zip"), data.given(["a.zip", "b.png"], "", [], "maps", None):
+        pass
+
+
+def test_checking_is_cancelled_and_leaves_nothing(tmp_path):
+    stop, seen = threading.Event(), []
+
+    def tell():
+        seen.append(1)
+        stop.set()
+
+    items = given(tmp_path, a=png_bytes(), b=png_bytes())
+    with pytest.raises(generate.Cancelled):
+        data.save_pictures(tmp_path / "data", "mine", items, data.for_concepts(16), tell, stop)
+    assert seen == [1] and not (tmp_path / "data").exists()
 
 
 # Configs
@@ -337,9 +486,117 @@ def test_a_dry_run_measures_and_leaves_nothing(tmp_path, toy):
     with pytest.raises(ValueError, match="expected at least 1"):
         list(jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 0", EMOJI))
     said = jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 1\nwait: 60", EMOJI)
-    next(said)
+    assert re.fullmatch(r"Dry run: getting ready, 0 s so far, about \d+ s left…", next(said))  # as long as the first
     said.close()  # cancelled: the process ends with it
     assert jobs.runs(tmp_path) == [] and list((tmp_path / ".dry-run").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "bar, took, words",
+    [
+        ("alignprop:   0%|          | 0/2 [00:00<?, ?it/s]", None, "step 1 of 2, 7 s so far…"),
+        (
+            "alignprop:  50%|█████     | 1/2 [01:10<01:10, 70.1s/it, loss=1]",
+            None,
+            "step 2 of 2, 7 s so far, about 70 s left…",
+        ),
+        ("alignprop: 100%|██████████| 2/2 [00:10<00:00,  5.0s/it]", None, "drawing a validation, 7 s so far…"),
+        (
+            "alignprop: 100%|██████████| 2/2 [00:10<00:00,  5.0s/it]",
+            10,
+            "drawing a validation, 7 s so far, about 3 s left…",
+        ),
+        ("learning_rate: 0.1", 10, "getting ready, 7 s so far, about 3 s left…"),
+        ("learning_rate: 0.1", 5, "getting ready, 7 s so far…"),
+    ],
+)
+def test_a_dry_run_says_how_far_it_is(bar, took, words):
+    assert jobs._measuring(["seed: 0", bar], 7.2, took) == f"Dry run: {words}"
+
+
+def test_the_time_left_is_told_from_the_first_step_on():
+    start = {"type": "start", "step": 10, "time": 100.0}
+    first, second = ({"type": "scalars", "step": step, "time": time} for step, time in ((10, 130.0), (12, 134.0)))
+    assert jobs._seconds_left([start], 20) is None
+    assert jobs._seconds_left([start, first], 20) == 9 * 30.0
+    assert jobs._seconds_left([start, first, second], 20) == 7 * 2.0
+    assert jobs._seconds_left([first, start], 20) is None  # what was logged before it was resumed
+
+
+def test_models_work_in_one_thread():
+    here = threading.local()
+    here.name = "caller"
+
+    @generate.in_turn
+    def inner():
+        return threading.current_thread(), getattr(here, "name", None)
+
+    @generate.in_turn
+    def outer():
+        return inner()
+
+    with ThreadPoolExecutor(4) as pool:
+        seen = {result for result in pool.map(lambda _: outer(), range(8))}
+    assert len(seen) == 1 and seen.pop()[0] is not threading.main_thread()
+
+    @generate.in_turn
+    def fail():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert inner()[1] is None  # and the thread goes on
+
+
+REAL = {
+    "controlnetpp": {"reward_weight": 0.5, "reward_start": 0, "num_validation_images": 2, "num_inference_steps": 1},
+    "neti": {"num_inference_steps": 1},
+    "customize": {"with_prior_preservation": False, "num_validation_images": 2},
+}
+
+
+@pytest.fixture
+def none_left(tmp_path):
+    """Ends what a failed test has left behind."""
+    yield
+    for run in jobs.runs(tmp_path):
+        if process := jobs.running(tmp_path / run):
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", REAL)
+def test_real_trainings_on_ones_own_pictures(tmp_path, none_left, method):
+    """From uploads to a set, a start, a stop with a save, and a resume, on the emoji world by the real trainers."""
+    uploads, beside = [], []
+    for i in range(3):
+        example = SceneControls("label").example(i, (64, 64), torch.Generator().manual_seed(i))
+        pixels, labels = (example.image * 255).byte().permute(1, 2, 0).numpy(), example.target.numpy().astype(np.uint8)
+        uploads.append(str(picture(tmp_path / "uploads" / f"{i}.png", pixels)))
+        mask = np.full_like(labels, 255)
+        beside.append(str(picture(tmp_path / "beside" / f"{i}.png", labels if method == "controlnetpp" else mask)))
+    if method == "controlnetpp":
+        preset, captions = "emoji_segmentation", "a cat\na dog\na rose"
+        keep = data.for_controlnets(build_condition("segmentation"))
+    else:
+        preset, captions = next(iter(jobs.presets(method))), "a <thing>\nthe <thing>\n<thing>"
+        keep = data.for_concepts(64)
+    path, findings = data.save_pictures(tmp_path / "data", "mine", data.matched(uploads, captions, beside), keep)
+    assert [finding[1] for finding in findings] == ["used"] * 3
+    changed = {forms.DATA_KEY[method]: str(path), **REAL[method], "train_batch_size": 2}
+    changed |= {"max_train_steps": 500, "logging_steps": 1, "validation_steps": 0}
+
+    run = jobs.start(tmp_path, method, "mine", jobs.set_values(jobs.presets(method)[preset], changed), EMOJI)
+    wait_for(tmp_path, run, "running", steps=2, seconds=900)
+    jobs.stop(tmp_path, run)
+    stopped = wait_for(tmp_path, run, "stopped", seconds=900)
+    assert 2 <= stopped.step < 500 and f"after step {stopped.step}" in stopped.message
+    assert (tmp_path / run / f"checkpoint-{stopped.step}" / "state.json").is_file()
+    jobs.resume(tmp_path, run, EMOJI)
+    wait_for(tmp_path, run, "running", steps=stopped.step + 2, seconds=900)
+    losses = [row["step"] for row in jobs.curves(tmp_path, [run]) if row["curve"] == "loss"]
+    assert losses == list(range(1, len(losses) + 1))  # none twice, none left out
+    assert f"resuming {tmp_path / run} at step {stopped.step}" in "\n".join(jobs._log_lines(tmp_path / run))
 
 
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if name is not None])

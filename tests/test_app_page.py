@@ -239,6 +239,13 @@ def test_a_password_keeps_the_others_out(world, tmp_path):
         )
 
 
+def test_it_starts_on_a_busy_machine(tmp_path, world, monkeypatch):
+    """Where the page itself needs longer for its first answer than Gradio waits for it."""
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)
+    with serving(tmp_path, world[1]) as url:
+        assert httpx.get(url, timeout=60).status_code == 200
+
+
 def test_nothing_was_asked_outside(client):
     """Neither at the start nor later: no analytics, no version check, no fonts."""
     assert OUTWARD == []

@@ -467,6 +467,12 @@ def test_a_reward_hears_what_was_asked_in_words_it_knows(new_pipe, model):
     settings = STEPS | {"output_type": "pt"}
     composed("a <n> hat", refine=lambda p: f"red {p}", reward=Listener(), columns={"count": [3]}, seed=0, **settings)
     assert heard == [(["a dog hat"], {"count": [3]})]
+    embeds = {"prompt_embeds": composed.base.encode_prompt("a hat", "cpu", 1, False)[0], "guidance_scale": 1.0}
+    composed(**settings | embeds, reward=Listener(), reward_prompt="a <n>", seed=0)
+    assert heard[1:] == [(["a dog"], {})]
+    for texts in (None, ["a hat", "a dog"]):
+        with pytest.raises(ValueError, match="reward_prompt: expected 1"):
+            composed(**settings | embeds, reward=Listener(), reward_prompt=texts)
     drawn = composed(["a <n> hat"], refine=lambda prompt: f"red {prompt}", seed=0, **settings)
     assert drawn.prompts == ["red a <n> hat"]
     assert torch.equal(drawn.images, composed("red a <n> hat", seed=0, **settings).images)

@@ -5,16 +5,12 @@ python -m tests.benchmarks.app_screenshot docs/page.png --folder runs
 
 import argparse
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from app import generate
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.benchmarks.app_process import WAIT, page_process
 
 
 def main() -> None:
@@ -23,39 +19,40 @@ def main() -> None:
     parser.add_argument("--folder", default="runs")
     parser.add_argument("--lora", help="Run with it; by default the newest one.")
     parser.add_argument("--prompt", default="a cat on a blue background")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=7874)
     options = parser.parse_args()
-    found = [options.lora] if options.lora else generate.loras(Path(options.folder).resolve())
-    if not found:
-        raise SystemExit(f"error: there is no LoRA in {options.folder}: train one first, such as `make demo`.")
-    command = [sys.executable, "-m", "app", "--folder", options.folder, "--port", str(options.port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with sync_playwright() as playwright:
-            arguments = ["--headless", "--no-sandbox", "--disable-gpu"]
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
-            screen = browser.new_page(viewport={"width": 1100, "height": 780})
-            draw(screen, f"http://127.0.0.1:{options.port}/?__theme=light", options.prompt, found[0])
-            screen.screenshot(path=options.output)
-            browser.close()
-    finally:
-        server.terminate()
-        server.wait()
+    folder = Path(options.folder).resolve()
+    found = generate.loras(folder)
+    lora = options.lora or next(iter(found), None)
+    if lora not in found:
+        raise SystemExit(f"error: there is no LoRA {lora or ''} in {folder}: train one first, such as by `make demo`.")
+    with page_process(folder, options.port) as (url, _), sync_playwright() as playwright:
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu"]
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments, timeout=1000 * WAIT)
+        screen = browser.new_page(viewport={"width": 1100, "height": 780})
+        screen.set_default_timeout(1000 * WAIT)
+        expect.set_options(timeout=1000 * WAIT)
+        screen.goto(f"{url}/?__theme=light", wait_until="domcontentloaded")
+        draw(screen, options.prompt, options.seed, lora)
+        screen.screenshot(path=options.output)
+        browser.close()
 
 
-def draw(screen, url: str, prompt: str, lora: str) -> None:
-    for _ in range(300):
-        try:
-            screen.goto(url)
-            break
-        except Error:  # not there yet
-            time.sleep(1)
-    screen.locator("#prompt textarea").fill(prompt, timeout=120_000)
-    box = screen.locator("#loras input").first
-    box.fill(lora)
-    box.press("Enter")
+def draw(screen: Page, prompt: str, seed: int, lora: str) -> None:
+    screen.locator("#prompt textarea").fill(prompt)
+    screen.locator("#seed input").fill(str(seed))
+    screen.locator("#loras input").first.click()
+    screen.get_by_role("option", name=lora, exact=True).click()  # which comes with the page's lists
+    expect(screen.locator("#loras")).to_contain_text(lora)
+    screen.keyboard.press("Escape")
     screen.locator("#generate").click()
-    expect(screen.locator("#tuned_image img")).to_be_visible(timeout=300_000)
+    complaint = screen.get_by_test_id("toast-body")
+    expect(screen.locator("#tuned_image img").or_(complaint).first).to_be_visible()
+    if complaint.is_visible():
+        raise SystemExit(f"error: {complaint.inner_text()}")
+    expect(screen.locator("#generate_status")).not_to_contain_text("left")
     screen.wait_for_timeout(1000)
 
 

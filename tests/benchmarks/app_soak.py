@@ -1,15 +1,14 @@
 """The page under load: 200 mixed requests from 8 clients at once. None may be lost, and memory has to stay level.
 
-    python tests/benchmarks/app_soak.py
+    python -m tests.benchmarks.app_soak
 
 Starts the page itself, on the emoji world, in a scratch folder. A request that is refused because the queue is full is
 asked again, as a client would; it counts as lost when no answer comes at all or one that nobody expected. Memory is the
-page's resident set; level means that the second half of the requests adds less than 5 % to it.
+page's resident set, told at each quarter; level means that the second half of the requests adds less than 5 % to it.
 """
 
 import argparse
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +19,7 @@ import psutil
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.benchmarks.app_process import WAIT, page_process
 
 
 def ask(page: Client, kind: str, number: int) -> None:
@@ -49,7 +48,7 @@ KINDS = ("generate", "generate", "grid", "attention", "wrong", "presets", "list"
 
 
 def work(url: str, mine: list[int], lost: list[str], done: list[int]) -> None:
-    page = Client(url, verbose=False, httpx_kwargs={"timeout": 300})
+    page = Client(url, verbose=False, httpx_kwargs={"timeout": WAIT})
     for number in mine:
         kind = KINDS[number % len(KINDS)]
         try:
@@ -72,43 +71,40 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--port", type=int, default=7873)
     options = parser.parse_args()
-    url = f"http://127.0.0.1:{options.port}"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "app", "--folder", folder, "--port", str(options.port)]
-        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            soak(url, options, psutil.Process(server.pid))
-        finally:
-            server.terminate()
-            server.wait()
+    with tempfile.TemporaryDirectory() as folder, page_process(Path(folder), options.port) as (url, process):
+        level = soak(url, options.requests, options.clients, psutil.Process(process.pid))
+    if not level:
+        sys.exit(1)
 
 
-def soak(url: str, options: argparse.Namespace, server: psutil.Process) -> None:
-    for _ in range(300):
-        try:
-            Client(url, verbose=False, httpx_kwargs={"timeout": 300}).predict(steps=1, api_name="/generate")
-            break
-        except Exception:
-            time.sleep(1)
-    lost, done, memory = [], [], []
-    shares = [list(range(i, options.requests, options.clients)) for i in range(options.clients)]
+def soak(url: str, requests: int, clients: int, server: psutil.Process) -> bool:
+    def memory() -> float:
+        return server.memory_info().rss / 2**20
+
+    warm = Client(url, verbose=False, httpx_kwargs={"timeout": WAIT})
+    for number, kind in enumerate(sorted(set(KINDS))):  # what each kind loads is not what it leaves behind
+        ask(warm, kind, number)
+    print(f"0 of {requests} requests: {memory():.0f} MB", flush=True)
+    lost, done, seen = [], [], {}
+    shares = [list(range(i, requests, clients)) for i in range(clients)]
     threads = [threading.Thread(target=work, args=(url, share, lost, done)) for share in shares]
     started = time.perf_counter()
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
-        memory.append((len(done), server.memory_info().rss / 2**20))
-        time.sleep(1)
-    memory.append((len(done), server.memory_info().rss / 2**20))
-    half = next(used for count, used in memory if count >= options.requests / 2)
-    growth = memory[-1][1] / half - 1
-    print(
-        f"{len(done)} requests, {options.clients} clients, {time.perf_counter() - started:.0f} s, {len(lost)} lost; "
-        f"memory {memory[0][1]:.0f} MB at first, {half:.0f} half-way, {memory[-1][1]:.0f} at last ({growth:+.1%})"
-    )
+    quarters = [round(requests * part / 4) for part in range(1, 5)]
+    while any(thread.is_alive() for thread in threads) or (quarters and len(done) >= quarters[0]):
+        while quarters and len(done) >= quarters[0]:
+            quarter = quarters.pop(0)
+            seen[quarter] = memory()
+            print(f"{quarter} of {requests} requests: {len(lost)} lost, {seen[quarter]:.0f} MB", flush=True)
+        time.sleep(0.2)
+    if quarters:
+        raise SystemExit(f"error: only {len(done)} of {requests} requests were made:")
+    half, end = seen[round(requests / 2)], seen[requests]
+    seconds = time.perf_counter() - started
+    print(f"{clients} clients, {seconds:.0f} s, {len(lost)} lost, {end / half - 1:+.1%} memory in the second half")
     print("\n".join(lost))
-    if lost or len(done) < options.requests or growth > 0.05:
-        sys.exit(1)
+    return not lost and end / half < 1.05
 
 
 if __name__ == "__main__":
