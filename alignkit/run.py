@@ -149,8 +149,8 @@ class Run:
 
     # Setting up
 
-    def load_base(self) -> Base:
-        """The config's base model, frozen, on this process's device and in `weight_dtype`."""
+    def load_base(self, hooked: bool = False) -> Base:
+        """The config's base model, frozen, on this process's device and in `weight_dtype`; `hooked` as `speed_up`."""
         cfg = self.cfg
         base = load_base(
             cfg.pretrained_model_name_or_path,
@@ -160,8 +160,21 @@ class Run:
             random_init=cfg.random_init,
             shrink=cfg.shrink,
         )
-        use_plain_attention(base.network, self.device_type)
+        self.speed_up(base.network, hooked)
         return base
+
+    def speed_up(self, network: nn.Module, hooked: bool = False) -> None:
+        """What makes a network faster here: the attention that suits the device, and torch.compile if the config asks.
+
+        It is compiled in place, at its first call of each kind, so parameters keep their names, and a LoRA may still be
+        added. `hooked`: hooks on its outer modules will come and go, as a context bank's do, which a graph of the whole
+        network would not see; its transformer blocks are compiled then. A prediction (`estimate`) is of the plain one.
+        """
+        use_plain_attention(network, self.device_type)
+        if self.cfg.torch_compile == "no" or self.cfg.estimate != "no":
+            return
+        compile_in_place = network.compile_repeated_blocks if hooked else network.compile
+        compile_in_place(backend=self.cfg.torch_compile)
 
     def prepare(
         self,

@@ -47,7 +47,6 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from alignkit.artifacts import read_events, save_strip, write_card
-from alignkit.attention import use_plain_attention
 from alignkit.base import Base
 from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition, score
 from alignkit.config import DiffusionConfig, command, free, to_dict
@@ -190,7 +189,7 @@ def train(cfg: Config) -> Path:
     if cfg.reward_weight:
         probe_condition(condition, *size, run.device)
     controlnet = make_controlnet(cfg, base)
-    use_plain_attention(controlnet, run.device_type)
+    run.speed_up(controlnet)
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
     rewarded_snr = snr_range(cfg, base.schedule)
 

@@ -131,7 +131,7 @@ class Config(DiffusionConfig):
 def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the concept and its card."""
     run = Run(cfg, "neti")
-    base = run.load_base()
+    base = run.load_base(hooked=True)
     base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     if cfg.gradient_checkpointing:
         base.unet.train()  # where diffusers looks whether to; these models have no dropout
