@@ -130,6 +130,7 @@ class Run:
         if self._writes and cfg.push_to_hub:
             check_hub_login()
         self._signal = 0
+        self._orders: dict[str, tuple[tuple[int, int], Tensor]] = {}
         self._seed("start")
 
         checkpoints = [] if cfg.dry_run else self._checkpoints()
@@ -399,6 +400,18 @@ class Run:
     def generator(self, step: int, index: int | None = None, tag: str = "") -> torch.Generator:
         """A CPU generator seeded by (seed, step, index, tag), so that each use of randomness has its own stream."""
         return torch.Generator().manual_seed(self._hash(step, index, tag))
+
+    def permutation(self, size: int, epoch: int, tag: str) -> Tensor:
+        """[size]: the numbers below `size` in the order of an epoch, of (seed, epoch, tag) alone."""
+        if self._orders.get(tag, (None,))[0] != (size, epoch):  # the latest is kept, since all samples ask for it
+            order = torch.randperm(size, generator=self.generator(epoch, tag=tag))
+            self._orders[tag] = ((size, epoch), order)
+        return self._orders[tag][1]
+
+    def shuffled(self, size: int, n: int, tag: str) -> int:
+        """The n-th of an endless row that holds each number below `size` once an epoch, in a seeded order."""
+        epoch, position = divmod(n, size)
+        return int(self.permutation(size, epoch, tag)[position])
 
     def _hash(self, *key: Any) -> int:
         digest = hashlib.sha256(json.dumps([self.cfg.seed, *key]).encode()).digest()

@@ -232,8 +232,7 @@ class Data:
         """Samples of these global indices; all that is random in one comes from its own generator, in this order."""
         cfg, samples = self.cfg, []
         for index in indices:
-            epoch, position = divmod(index, len(self.images))
-            image = int(torch.randperm(len(self.images), generator=run.generator(epoch, tag="images"))[position])
+            image = run.shuffled(len(self.images), index, "images")
             generator = run.generator(step, index, tag)
             flip = int(torch.rand((), generator=generator) < 0.5 * cfg.random_flip)
             template = cfg.templates[int(torch.randint(len(cfg.templates), (), generator=generator))]
