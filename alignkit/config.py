@@ -77,6 +77,9 @@ class RunConfig:
     """Forward passes per update; global batch = train_batch_size * this * number of processes."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the frozen parts; what is trained stays float32."""
+    torch_compile: Literal["no", "inductor", "aot_eager", "eager"] = free("no")
+    """Backend of torch.compile for the denoiser and a ControlNet: "inductor" is the fast one, after minutes of
+    compiling; the others are for finding faults. NeTI compiles the denoiser's transformer blocks alone."""
 
     optimizer: Literal["adamw", "adamw_8bit", "prodigy", "adafactor", "diffgrad"] = "adamw"
     """adamw_8bit needs bitsandbytes; prodigy (with learning_rate 1), adafactor and diffgrad pytorch_optimizer."""

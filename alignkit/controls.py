@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from alignkit.conditions import Condition
+from alignkit.data import image_shape
 
 METADATA = "metadata.jsonl"
 SHOWN_ERRORS = 5
@@ -42,6 +43,9 @@ class Controls(Protocol):
 
     size: int | None
     """Number of rows; None where every row is new."""
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of every row's image; none where every row is new."""
 
     def prompts(self) -> list[str]:
         """All there are, as far as they are known."""
@@ -99,6 +103,10 @@ class FolderControls:
     def size(self) -> int:
         return len(self.rows)
 
+    def shapes(self) -> list[tuple[int, int]]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(image_shape, [row.image for row in self.rows]))
+
     def prompts(self) -> list[str]:
         return sorted({text for row in self.rows for text in row.texts})
 
@@ -121,6 +129,9 @@ class SceneControls:
 
     column: str | None
     size = None
+
+    def shapes(self) -> list[tuple[int, int]]:
+        return []
 
     def prompts(self) -> list[str]:
         return []

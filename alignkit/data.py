@@ -1,8 +1,10 @@
 """Prompt files and image folders."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,16 @@ def open_image(path: str | Path) -> Any:
         return image.convert("RGB")
 
 
+def image_shape(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the picture as people see it, from the file's header."""
+    from PIL import ExifTags, Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # to be turned by a quarter
+    return (width, height) if lies else (height, width)
+
+
 def load_image(path: str | Path, resolution: int) -> Any:
     """[3, resolution, resolution] in [0, 1]: the shorter side is scaled to the resolution, the middle is kept."""
     import numpy as np
@@ -169,3 +181,70 @@ def check_concept(folder: str | Path, resolution: int = 512, placeholder_token: 
     images, odd = read_concept_images(folder, resolution, placeholder_token)
     captions, masks = sum(i.caption is not None for i in images), sum(i.mask is not None for i in images)
     return [f"{len(images)} images, {captions} with a caption, {masks} with a mask.", *odd]
+
+
+# Images of several shapes
+
+MAX_ASPECT = 2
+
+
+def bucket_sizes(size: tuple[int, int], multiple: int) -> list[tuple[int, int]]:
+    """Heights and widths that images of any aspect up to 2 : 1 are trained at: multiples of `multiple` pixels, of each
+    height the widest with no more pixels than `size`, and the same lying down.
+
+    Raises:
+        ValueError: `size` itself is no multiple.
+    """
+    if any(side % multiple for side in size):
+        raise ValueError(f"Images of several sizes have sides in multiples of {multiple} pixels, got {size}.")
+    area, found = math.prod(size), {size}
+    for height in range(multiple, area // multiple + 1, multiple):
+        width = area // height // multiple * multiple
+        if width and max(height, width) <= MAX_ASPECT * min(height, width):
+            found |= {(height, width), (width, height)}
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Which image a sample is, so that a batch has images of one size: NovelAI's aspect buckets, without a state.
+
+    `batch_size` samples in a row are of one bucket. N such groups make a cycle, N the number of images: each image
+    leads one, in a shuffled order, and the group is of that image's bucket. So a bucket of n images has n groups, in
+    which each of its images comes `batch_size` times: all images come equally often, and none is left out.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    """(height, width) of every image."""
+    choices: Sequence[tuple[int, int]]
+    """Of `bucket_sizes`."""
+    batch_size: int
+
+    @cached_property
+    def numbers(self) -> Any:
+        """[N]: the bucket of each image, as its place in `choices`: the nearest aspect, by its logarithm."""
+        import torch
+
+        logs = torch.tensor([math.log(height / width) for height, width in self.choices], dtype=torch.float64)
+        own = torch.tensor([math.log(height / width) for height, width in self.shapes], dtype=torch.float64)
+        return (own[:, None] - logs).abs().argmin(1)
+
+    @cached_property
+    def members(self) -> list[Any]:
+        """The images of each bucket."""
+        return [(self.numbers == number).nonzero().flatten() for number in range(len(self.choices))]
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(height, width) that an image is trained at."""
+        return self.choices[int(self.numbers[row])]
+
+    def row(self, index: int, permutation: Callable[[int, int, str], Any]) -> int:
+        """The image of a sample, by its global index; `permutation` is `Run`'s."""
+        group, offset = divmod(index, self.batch_size)
+        cycle, position = divmod(group, len(self.numbers))
+        buckets = self.numbers[permutation(len(self.numbers), cycle, "buckets")[: position + 1]]
+        number = int(buckets[-1])
+        members = self.members[number]
+        before = cycle * len(members) + int((buckets[:-1] == number).sum())
+        epoch, place = divmod(before * self.batch_size + offset, len(members))
+        return int(members[permutation(len(members), epoch, f"bucket {number}")[place]])

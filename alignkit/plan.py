@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -38,6 +39,7 @@ FLOPS = flop_registry | {
     ],
 }
 attention = F.scaled_dot_product_attention  # PyTorch's own, while NoNumbers has another in its place
+checkpoint = checkpointing.checkpoint  # this, too
 GIB, TERA = 2**30, 1e12
 
 
@@ -137,11 +139,18 @@ class NoNumbers(TorchDispatchMode):
 
     CHECKS = (aten.all.default, aten.any.default, aten.min.default, aten.max.default, aten.aminmax.default)
 
+    def __init__(self, device_type: str = "cpu"):
+        """`device_type`: whose autocast is taken."""
+        super().__init__()
+        self.device_type = device_type
+
     def __enter__(self):
         # by name, since a TorchFunctionMode is off inside of backward(), where checkpoints compute again
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused_attention))
         self._patches.enter_context(mock.patch.object(torch, "autocast", Autocast))
+        self._patches.enter_context(mock.patch.object(Autocast, "like", self.device_type))
+        self._patches.enter_context(mock.patch.object(checkpointing, "checkpoint", checkpoint_in_autocast))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -178,20 +187,70 @@ def fused_attention(
 
 
 class Autocast(torch.autocast):
-    """The meta device has none: switched off it is the CPU's, which leaves meta tensors alone; else it is refused."""
+    """The meta device has no autocast, so this does its work there: by name, as functions are called, and as on `like`.
+
+    Weights are cast once a context, as autocast does. Switched off, it is the CPU's, which leaves meta tensors alone.
+    """
+
+    LOWER = ((F, "linear"), (F, "conv2d"), (F, "scaled_dot_product_attention"), (torch, "bmm"), (torch, "baddbmm"))
+    FLOAT32: ClassVar = {"cpu": (), "cuda": ((F, "group_norm"), (F, "layer_norm"))}
+    like: ClassVar[str] = "cpu"
+    active: ClassVar["Autocast | None"] = None
 
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **options):
-        if device_type == "meta" and enabled:
-            raise ValueError(
-                "this trainer computes under autocast in half precision, which cannot be planned: plan with "
-                "--mixed_precision no, an upper bound."
-            )
-        super().__init__("cpu" if device_type == "meta" else device_type, dtype, enabled, **options)
+        self.meta_dtype = dtype if device_type == "meta" and enabled else None
+        on_meta = device_type == "meta"
+        super().__init__(
+            "cpu" if on_meta else device_type, None if on_meta else dtype, enabled and not on_meta, **options
+        )
+
+    def __enter__(self):
+        self._outer, self._patches, weights = Autocast.active, contextlib.ExitStack(), {}
+        if self.meta_dtype:
+            Autocast.active = self
+            for functions, dtype in ((self.LOWER, self.meta_dtype), (self.FLOAT32[self.like], torch.float32)):
+                for owner, name in functions:
+                    casting = _casting(getattr(owner, name), dtype, weights)
+                    self._patches.enter_context(mock.patch.object(owner, name, casting))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Autocast.active = self._outer
+        self._patches.close()
+        return super().__exit__(*error)
+
+
+def _casting(function: Callable, dtype: torch.dtype, weights: dict[int, Tensor]) -> Callable:
+    """The function, with floating-point tensors on the meta device cast to `dtype`; `weights` are the cast ones."""
+
+    def cast(value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_meta and value.is_floating_point()) or value.dtype == dtype:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(dtype)
+        if id(value) not in weights:
+            weights[id(value)] = value.to(dtype)
+        return weights[id(value)]
+
+    return lambda *args, **kwargs: function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
+def checkpoint_in_autocast(function: Callable, *args, **options) -> Any:
+    """PyTorch's own, which computes again in the backward pass under the autocast of the forward pass."""
+    autocast = Autocast.active
+
+    def again(*args):
+        if autocast is None or Autocast.active is autocast:
+            return function(*args)
+        with Autocast("meta", autocast.meta_dtype):
+            return function(*args)
+
+    return checkpoint(again, *args, **options)
 
 
 def estimate(train: Callable[[Any], Any], cfg: Any) -> Ledger:
     """Runs `train(cfg)`, whose `cfg.estimate` names a device, on the meta device. The run prints its `report`."""
-    with Ledger("meta") as ledger, NoNumbers():
+    with Ledger("meta") as ledger, NoNumbers(cfg.estimate):
         try:
             train(cfg)
         except SystemExit as end:  # of a dry run

@@ -95,12 +95,6 @@ def read_training_prompts(cfg: RewardTuningConfig) -> tuple[Prompts, Prompts]:
     return prompts, fixed.rows([i % len(fixed) for i in range(cfg.num_validation_images)])
 
 
-def choose_prompt(run: Run, num_prompts: int, n: int) -> int:
-    """Of all prompts that a run ever takes, the n-th: every prompt once in each epoch, in a seeded order."""
-    epoch, position = divmod(n, num_prompts)
-    return int(torch.randperm(num_prompts, generator=run.generator(epoch, tag="prompts"))[position])
-
-
 # Scores
 
 

@@ -131,6 +131,7 @@ class Run:
         if self._writes and cfg.push_to_hub:
             check_hub_login()
         self._signal = 0
+        self._orders: dict[str, tuple[tuple[int, int], Tensor]] = {}
         self._seed("start")
 
         checkpoints = [] if cfg.dry_run else self._checkpoints()
@@ -150,8 +151,11 @@ class Run:
 
     # Setting up
 
-    def load_base(self, **options: Any) -> Base:
-        """The config's base model, frozen, on this process's device and in `weight_dtype`; `options` as load_base's."""
+    def load_base(self, hooked: bool = False, **options: Any) -> Base:
+        """The config's base model, frozen, on this process's device and in `weight_dtype`.
+
+        `hooked` as `speed_up`; `options` as `alignkit.base.load_base`'s.
+        """
         cfg = self.cfg
         base = load_base(
             cfg.pretrained_model_name_or_path,
@@ -165,8 +169,21 @@ class Run:
         if base.offload_text_encoders and self.device_type != "cpu":
             encoders = [part for name, part in base.pipe.components.items() if name.startswith("text_encoder")]
             self.bytes_elsewhere = sum(p.nbytes for part in encoders if part is not None for p in part.parameters())
-        use_plain_attention(base.network, self.device_type)
+        self.speed_up(base.network, hooked)
         return base
+
+    def speed_up(self, network: nn.Module, hooked: bool = False) -> None:
+        """What makes a network faster here: the attention that suits the device, and torch.compile if the config asks.
+
+        It is compiled in place, at its first call of each kind, so parameters keep their names, and a LoRA may still be
+        added. `hooked`: hooks on its outer modules will come and go, as a context bank's do, which a graph of the whole
+        network would not see; its transformer blocks are compiled then. A prediction (`estimate`) is of the plain one.
+        """
+        use_plain_attention(network, self.device_type)
+        if self.cfg.torch_compile == "no" or self.cfg.estimate != "no":
+            return
+        compile_in_place = network.compile_repeated_blocks if hooked else network.compile
+        compile_in_place(backend=self.cfg.torch_compile)
 
     def prepare(
         self,
@@ -400,6 +417,18 @@ class Run:
     def generator(self, step: int, index: int | None = None, tag: str = "") -> torch.Generator:
         """A CPU generator seeded by (seed, step, index, tag), so that each use of randomness has its own stream."""
         return torch.Generator().manual_seed(self._hash(step, index, tag))
+
+    def permutation(self, size: int, epoch: int, tag: str) -> Tensor:
+        """[size]: the numbers below `size` in the order of an epoch, of (seed, epoch, tag) alone."""
+        if self._orders.get(tag, (None,))[0] != (size, epoch):  # the latest is kept, since all samples ask for it
+            order = torch.randperm(size, generator=self.generator(epoch, tag=tag))
+            self._orders[tag] = ((size, epoch), order)
+        return self._orders[tag][1]
+
+    def shuffled(self, size: int, n: int, tag: str) -> int:
+        """The n-th of an endless row that holds each number below `size` once an epoch, in a seeded order."""
+        epoch, position = divmod(n, size)
+        return int(self.permutation(size, epoch, tag)[position])
 
     def _hash(self, *key: Any) -> int:
         digest = hashlib.sha256(json.dumps([self.cfg.seed, *key]).encode()).digest()

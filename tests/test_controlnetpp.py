@@ -18,7 +18,7 @@ from alignkit.early_stop import EarlyStopConfig
 from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
-from tests.test_controls import write_folder
+from tests.test_controls import write_folder, write_metadata
 from tests.test_families import thin
 from tests.tiny import save_tiny_model
 from tests.torchrun import train_on_two_ranks
@@ -471,11 +471,26 @@ def test_two_processes_equal_one(config, tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
-def test_every_row_comes_once_an_epoch(config):
-    run = Run(config())
-    rows = [controlnetpp.choose_row(run, 6, index) for index in range(12)]
-    assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6)) and rows[:6] != rows[6:]
-    assert controlnetpp.choose_row(run, None, 17) == 17
+def test_images_of_several_shapes_however_a_batch_is_cut(config, tmp_path, monkeypatch):
+    """Each batch has one size; the same weights from one batch of 4 as from two of 2."""
+    rows = []
+    for shape in ((16, 16), (12, 24)):
+        name = f"{shape[0]}x{shape[1]}"
+        for row in write_folder(tmp_path / "data" / name, number=3, size=shape):
+            rows.append({key: value if key == "text" else f"{name}/{value}" for key, value in row.items()})
+    write_metadata(tmp_path / "data", rows)
+    seen = []
+
+    def spy(predict, schedule, x_0, *args):
+        seen.append(tuple(x_0.shape))
+        return controlnet_losses(predict, schedule, x_0, *args)
+
+    monkeypatch.setattr(controlnetpp, "controlnet_losses", spy)
+    fields = {"train_data_dir": str(tmp_path / "data"), "bucket_batch_size": 4, "max_train_steps": 3}
+    one = train(config("one", **fields, train_batch_size=4, gradient_accumulation_steps=1))
+    assert set(seen) == {(4, 4, 8, 8), (4, 4, 6, 10)}
+    two = train(config("two", **fields))
+    assert_same(one, two, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "depth", "softedge", "lineart", "canny"])
@@ -504,6 +519,8 @@ def test_every_condition_trains(config, tmp_path, kind):
         ({"reward_timesteps": [3]}, r"expected \[first, last\]"),
         ({"reward_weight": -1.0}, "reward_weight: expected at least 0"),
         ({"reward_weight": math.nan}, "reward_weight: expected at least 0"),
+        ({"bucket_batch_size": 3}, "bucket_batch_size: expected a multiple of train_batch_size .2., .* got 3"),
+        ({"bucket_batch_size": 4, "train_data_dir": "emoji"}, "bucket_batch_size: expected 0 for the emoji world"),
         ({"reward_min_snr": 0.0}, "reward_min_snr: expected above 0"),
         ({"prompt_dropout": 1.0}, "prompt_dropout: expected at least 0 and below 1"),
         ({"cache": True, "crop": "random"}, "cache: expected"),

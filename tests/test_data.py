@@ -1,8 +1,18 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from alignkit.data import check_concept, load_image, open_image, read_concept_images, read_prompts
+from alignkit.data import (
+    Buckets,
+    bucket_sizes,
+    check_concept,
+    image_shape,
+    load_image,
+    open_image,
+    read_concept_images,
+    read_prompts,
+)
 
 
 def write(tmp_path, name, text):
@@ -102,5 +112,45 @@ def test_images_keep_their_aspect_turn_as_exif_says_and_stand_on_white(tmp_path)
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (30, 60)
+    assert image_shape(tmp_path / "turned.jpg") == (60, 30) and image_shape(tmp_path / "wide.png") == (30, 60)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+# Images of several shapes
+
+
+@pytest.mark.parametrize(("size", "multiple"), [((512, 512), 64), ((1024, 1024), 64), ((64, 64), 16), ((16, 16), 16)])
+def test_bucket_sizes(size, multiple):
+    """Whole multiples of nearly the square's area up to 2 : 1, the square among them, each also lying down."""
+    sizes = bucket_sizes(size, multiple)
+    assert size in sizes and sorted(size[::-1] for size in sizes) == sizes == sorted(set(sizes))
+    for height, width in sizes:
+        assert height % multiple == width % multiple == 0 and max(height, width) <= 2 * min(height, width)
+        assert size[0] * size[1] - multiple * max(height, width) < height * width <= size[0] * size[1]
+
+
+def test_bucket_sizes_by_hand():
+    assert bucket_sizes((512, 512), 64) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    with pytest.raises(ValueError, match="multiples of 64 pixels, got .500, 500"):
+        bucket_sizes((500, 500), 64)
+
+
+def order(size, epoch, tag):
+    return torch.randperm(size, generator=torch.Generator().manual_seed(len(tag) + 100 * epoch))
+
+
+def test_every_group_has_one_size_and_every_image_comes_equally_often():
+    """Also the only one of its shape; over each cycle of as many groups as there are images."""
+    shapes = [(100, 100)] * 4 + [(100, 151)] * 7 + [(90, 30)]
+    buckets = Buckets(shapes, bucket_sizes((64, 64), 16), batch_size=3)
+    assert [buckets.size(row) for row in (0, 4, 11)] == [(64, 64), (48, 80), (80, 48)]
+    rows = [buckets.row(index, order) for index in range(2 * 12 * 3)]
+    groups = [rows[start : start + 3] for start in range(0, len(rows), 3)]
+    assert all(len({buckets.size(row) for row in group}) == 1 for group in groups)
+    for cycle in (rows[:36], rows[36:]):
+        assert sorted(cycle) == sorted([*range(12)] * 3)
+    assert [len(set(group)) for group in groups if 11 in group] == [1, 1]
+    wide = [row for row in rows if 4 <= row < 11]  # its images take turns, too
+    assert all(sorted(wide[start : start + 7]) == [*range(4, 11)] for start in range(0, len(wide), 7))
+    assert rows[:36] != rows[36:]

@@ -99,9 +99,28 @@ def test_without_numbers_every_check_passes():
         assert (~x.isfinite()).nonzero().tolist() == []
 
 
-def test_half_precision_by_autocast_is_refused():
-    with plan.NoNumbers(), pytest.raises(ValueError, match="mixed_precision no"):
-        torch.autocast("meta", torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_autocast_holds_and_computes_in_half_precision(device, checkpointed):
+    """Of two layers: what the gradient needs, in bfloat16, and nothing of it where that is computed again."""
+    x, first, second = torch.zeros(4, 64), nn.Linear(64, 32, bias=False), nn.Linear(32, 16, bias=False)
+    with plan.Ledger(device) as ledger, plan.NoNumbers():
+        x, first, second = x.to(device), first.to(device), second.to(device)
+        before = ledger.live
+
+        def layers(x):
+            return second(first(x))
+
+        with torch.autocast(device, torch.bfloat16):
+            y = torch.utils.checkpoint.checkpoint(layers, x, use_reentrant=False) if checkpointed else layers(x)
+        assert y.dtype == torch.bfloat16
+        output = 2 * 4 * 16
+        kept = 2 * (4 * 64 + 4 * 32 + 32 * 16)  # not the first weights, since x has no gradient
+        assert ledger.live - before == (output if checkpointed else output + kept)
+        y.sum().backward()
+    assert {p.grad.dtype for p in (first.weight, second.weight)} == {torch.float32}
+    if not checkpointed:  # how much is computed again is PyTorch's to say
+        assert sum(ledger.phases["setup"].flops) == 3 * 2 * 4 * (64 * 32 + 32 * 16) - 2 * 4 * 64 * 32
 
 
 @pytest.fixture
@@ -173,6 +192,10 @@ def test_prediction_equals_the_run(build, capsys, trainer):
     compare(build, trainer)
     report = capsys.readouterr().out
     assert "on cpu (checked" in report and "peak of training" in report
+
+
+def test_prediction_equals_the_run_under_autocast(build):
+    compare(build, controlnetpp, mixed_precision="bf16")
 
 
 def test_prediction_equals_the_run_on_the_emoji_model(build):

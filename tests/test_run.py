@@ -352,6 +352,14 @@ def test_generators(tmp_path):
     assert len({draw(r, *key) for key in keys for r in (run, other)}) == 2 * len(keys)
 
 
+def test_each_number_comes_once_an_epoch(tmp_path):
+    run = Run(toy_config(tmp_path / "run"))
+    drawn = [run.shuffled(5, n, "prompts") for n in range(10)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4] and drawn[:5] != drawn[5:]
+    assert [run.shuffled(5, n, "prompts") for n in range(10)] == drawn  # in any order of asking
+    assert [run.shuffled(5, n, "images") for n in range(5)] != drawn[:5]
+
+
 def test_micro_batches_tile_the_global_batch(tmp_path):
     run = Run(toy_config(tmp_path, train_batch_size=3))
     assert list(run.micro_batches(0)) == [[0, 1, 2], [3, 4, 5]]

@@ -42,7 +42,6 @@ from alignkit.reward_tuning import (
     Judges,
     RewardTuningConfig,
     Validation,
-    choose_prompt,
     export,
     read_training_prompts,
 )
@@ -105,7 +104,8 @@ def train(cfg: Config) -> Path:
         plan = cfg.plan.draw(cfg.num_inference_steps, run.generator(step, tag="plan"))
         measured = []
         for indices in run.micro_batches(step):
-            batch = prompts.rows([choose_prompt(run, len(prompts), i // cfg.num_images_per_prompt) for i in indices])
+            rows = [run.shuffled(len(prompts), i // cfg.num_images_per_prompt, "prompts") for i in indices]
+            batch = prompts.rows(rows)
             generators = [run.generator(step, i) for i in indices]
             images = generate(base, cfg, batch.prompts, generators, plan)
             scores = score_copies(judges.rewards, images, batch)

@@ -47,7 +47,6 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from alignkit.artifacts import read_events, save_strip, write_card
-from alignkit.attention import use_plain_attention
 from alignkit.base import Base
 from alignkit.conditions import Condition, ConditionConfig, build_condition, probe_condition, score
 from alignkit.config import DiffusionConfig, command, free, to_dict
@@ -60,6 +59,7 @@ from alignkit.controlnet import (
     save_controlnet,
 )
 from alignkit.controls import Controls, Example, open_controls
+from alignkit.data import Buckets, bucket_sizes
 from alignkit.early_stop import (
     EarlyStopConfig,
     coarse_features,
@@ -102,6 +102,9 @@ class Config(DiffusionConfig):
     """Side of the images in pixels; null is the base's own."""
     crop: Literal["center", "random"] = "center"
     """Where the square is cut from an image whose shorter side was resized to `resolution`."""
+    bucket_batch_size: int = 0
+    """Above 0, images keep their aspect up to 2 : 1: so many samples in a row, a multiple of train_batch_size, share a
+    height and width of about resolution^2 pixels, and `crop` is for what is over. 0 cuts squares."""
     prompt_dropout: float = 0.0
     """Share of samples that see the empty prompt, for classifier-free guidance."""
     condition_dropout: float = 0.0
@@ -133,7 +136,7 @@ class Config(DiffusionConfig):
         for name in ("num_validation_images", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("reward_weight", "reward_start"):
+        for name in ("reward_weight", "reward_start", "bucket_batch_size"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         span = self.reward_timesteps
@@ -143,6 +146,13 @@ class Config(DiffusionConfig):
             raise ValueError(f"reward_min_snr: expected above 0, got {self.reward_min_snr}")
         if self.cache and (self.crop == "random" or self.train_data_dir == "emoji"):
             raise ValueError("cache: expected a folder of images and crop: center, since other images never come again")
+        if self.bucket_batch_size % self.train_batch_size:
+            raise ValueError(
+                f"bucket_batch_size: expected a multiple of train_batch_size ({self.train_batch_size}), as the images "
+                f"of a batch have one size, got {self.bucket_batch_size}"
+            )
+        if self.bucket_batch_size and self.train_data_dir == "emoji":
+            raise ValueError("bucket_batch_size: expected 0 for the emoji world, whose scenes are squares")
         if self.validation_steps % self.logging_steps:
             raise ValueError(
                 f"validation_steps: expected a multiple of logging_steps ({self.logging_steps}), as its results are "
@@ -190,7 +200,7 @@ def train(cfg: Config) -> Path:
     if cfg.reward_weight:
         probe_condition(condition, *size, run.device)
     controlnet = make_controlnet(cfg, base)
-    use_plain_attention(controlnet, run.device_type)
+    run.speed_up(controlnet)
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
     rewarded_snr = snr_range(cfg, base.schedule)
 
@@ -206,8 +216,8 @@ def train(cfg: Config) -> Path:
         run.show(0, "start", images, validation.prompts)
         run.show(0, "control", validation.controls, validation.prompts)
 
-    load = Loader(run, data, base, condition, size, cfg.cache)
-    encode_prompts = remembering(base, size) if cfg.cache else partial(encode_prompt, base, size)
+    load = Loader(run, cfg, data, base, condition, size)
+    encode_prompts = remembering(base) if cfg.cache else partial(encode_prompt, base)
     stopped, images = None, None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
@@ -336,20 +346,20 @@ def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     return float(schedule.snr(last)), float(schedule.snr(first))
 
 
-def encode_prompt(base: Base, size: tuple[int, int], prompts: list[str]) -> dict[str, Tensor]:
+def encode_prompt(base: Base, prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
     """What the networks are told of B prompts; of dropped ones, "", what guidance makes of an empty negative prompt."""
     return base.condition(prompts, *size, negative=True)
 
 
-def remembering(base: Base, size: tuple[int, int]) -> Callable[[list[str]], dict[str, Tensor]]:
-    """`encode_prompt`, which encodes each prompt once."""
-    known: dict[str, dict[str, Tensor]] = {}
+def remembering(base: Base) -> Callable[[list[str], tuple[int, int]], dict[str, Tensor]]:
+    """`encode_prompt`, which encodes each prompt once, and for SDXL once for each size."""
+    known: dict[tuple[str, tuple[int, int]], dict[str, Tensor]] = {}
 
-    def encode_prompts(prompts: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
         for prompt in prompts:
-            if prompt not in known:
-                known[prompt] = {name: t.cpu() for name, t in encode_prompt(base, size, [prompt]).items()}
-        rows = [known[prompt] for prompt in prompts]
+            if (prompt, size) not in known:
+                known[prompt, size] = {name: t.cpu() for name, t in encode_prompt(base, [prompt], size).items()}
+        rows = [known[prompt, size] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]).to(base.device) for name in rows[0]}
 
     return encode_prompts
@@ -361,27 +371,36 @@ def controlled(
     condition: Condition,
     batch: Batch,
     chance: Sequence[Draw],
-    encode_prompts: Callable[[list[str]], dict[str, Tensor]],
+    encode_prompts: Callable[[list[str], tuple[int, int]], dict[str, Tensor]],
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
     prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
-    told = encode_prompts(prompts)
+    told = encode_prompts(prompts, tuple(batch.targets.shape[-2:]))
     kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
     control = condition.control(batch.targets).float() * kept[:, None, None, None]
     return lambda x_t, timestep: predict(base, controlnet, x_t, timestep, control, told)
 
 
 class Loader:
-    """Micro-batches by global sample index: an image comes once an epoch, in a seeded order."""
+    """Micro-batches by global sample index: an image comes once an epoch, in a seeded order, or as `Buckets` says."""
 
-    def __init__(self, run: Run, data: Controls, base: Base, condition: Condition, size: tuple[int, int], cache: bool):
+    def __init__(self, run: Run, cfg: Config, data: Controls, base: Base, condition: Condition, size: tuple[int, int]):
         self.run, self.data, self.base, self.condition, self.size = run, data, base, condition, size
+        self.buckets = None
+        if cfg.bucket_batch_size:
+            multiple = base.vae_scale_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
+            self.buckets = Buckets(data.shapes(), bucket_sizes(size, multiple), cfg.bucket_batch_size)
         self.cached: dict[int, tuple[Tensor, Tensor]] = {}
-        self.cache = cache
+        self.cache = cfg.cache
         self.pool = ThreadPoolExecutor()  # decoding images is most of it, and leaves Python's lock
 
+    def row(self, index: int) -> int:
+        if self.buckets:
+            return self.buckets.row(index, self.run.permutation)
+        return index if self.data.size is None else self.run.shuffled(self.data.size, index, "rows")
+
     def __call__(self, step: int, indices: Sequence[int]) -> Batch:
-        rows = [choose_row(self.run, self.data.size, index) for index in indices]
+        rows = [self.row(index) for index in indices]
         generators = [self.run.generator(step, index, "data") for index in indices]
         if not self.cache:
             examples = list(self.pool.map(self.example, rows, generators))
@@ -395,7 +414,7 @@ class Loader:
         return Batch(x_0, targets, [self.data.prompt(row, g) for row, g in zip(rows, generators, strict=True)])
 
     def example(self, row: int, generator: torch.Generator) -> Example:
-        return self.data.example(row, self.size, generator)
+        return self.data.example(row, self.buckets.size(row) if self.buckets else self.size, generator)
 
     def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Latents [b, C, h, w] and targets [b, H, W]."""
@@ -411,14 +430,6 @@ def encode(base: Base, condition: Condition, examples: Sequence[Example]) -> tup
         extracted = condition.extract(images)
         targets = [extracted[i] if target is None else target for i, target in enumerate(targets)]
     return base.encode(images).float(), torch.stack([target.to(images.device) for target in targets])
-
-
-def choose_row(run: Run, size: int | None, index: int) -> int:
-    """Of a sample, by its global index: every row once in each epoch, in a seeded order."""
-    if size is None:
-        return index
-    epoch, position = divmod(index, size)
-    return int(torch.randperm(size, generator=run.generator(epoch, tag="rows"))[position])
 
 
 def image_size(base: Base, resolution: int | None) -> tuple[int, int]:
@@ -506,7 +517,7 @@ class Validation:
         timestep = ((rows + 0.5) / len(self.x_0) * schedule.num_train_timesteps).long().to(x_0.device)
         noise = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
         noise = noise.to(x_0)
-        told = encode_prompt(self.base, self.controls.shape[-2:], [self.prompts[i] for i in rows])
+        told = encode_prompt(self.base, [self.prompts[i] for i in rows], self.controls.shape[-2:])
         x_t = schedule.add_noise(x_0, noise, timestep)
         output = predict(self.base, self.controlnet, x_t, timestep, self.controls[rows], told)
         return (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)

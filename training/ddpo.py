@@ -42,7 +42,6 @@ from alignkit.reward_tuning import (
     Judges,
     RewardTuningConfig,
     Validation,
-    choose_prompt,
     export,
     read_training_prompts,
 )
@@ -200,7 +199,7 @@ def prompt_of(run: Run, cfg: Config, num_prompts: int, index: int) -> int:
     size = cfg.updates_per_round * run.global_batch
     per_round = max(1, size // cfg.num_images_per_prompt)
     number, position = divmod(index, size)
-    return choose_prompt(run, num_prompts, number * per_round + position % per_round)
+    return run.shuffled(num_prompts, number * per_round + position % per_round, "prompts")
 
 
 @torch.no_grad()

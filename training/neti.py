@@ -131,7 +131,7 @@ class Config(DiffusionConfig):
 def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the concept and its card."""
     run = Run(cfg, "neti")
-    base = run.load_base()
+    base = run.load_base(hooked=True)
     base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     if cfg.gradient_checkpointing:
         base.unet.train()  # where diffusers looks whether to; these models have no dropout
@@ -232,8 +232,7 @@ class Data:
         """Samples of these global indices; all that is random in one comes from its own generator, in this order."""
         cfg, samples = self.cfg, []
         for index in indices:
-            epoch, position = divmod(index, len(self.images))
-            image = int(torch.randperm(len(self.images), generator=run.generator(epoch, tag="images"))[position])
+            image = run.shuffled(len(self.images), index, "images")
             generator = run.generator(step, index, tag)
             flip = int(torch.rand((), generator=generator) < 0.5 * cfg.random_flip)
             template = cfg.templates[int(torch.randint(len(cfg.templates), (), generator=generator))]

@@ -1,0 +1,93 @@
+"""`torch_compile`: every trainer leaves the same artifact with it as without, under the same names."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from alignkit.conditions import ConditionConfig
+from alignkit.config import LoraConfig
+from alignkit.rewards import RewardConfig
+from tests.test_controls import write_folder
+from tests.tiny import save_tiny_model
+from training import alignprop, controlnetpp, customize, ddpo, neti
+
+LORA = LoraConfig(rank=2)
+TRAINERS: dict[str, tuple[Callable, dict]] = {
+    "alignprop": (alignprop, {"plan": alignprop.PlanConfig("draft_lv", {"copies": 1}), "eta": 1.0}),
+    "ddpo": (ddpo, {"updates_per_round": 1, "per_prompt_min_count": 2, "num_images_per_prompt": 2}),
+    "controlnetpp": (controlnetpp, {"reward_weight": 0.5, "reward_timesteps": [0, 999]}),
+    "controlnetpp_checkpointing": (controlnetpp, {"gradient_checkpointing": True}),
+    "neti": (neti, {}),
+    "neti_checkpointing": (neti, {"gradient_checkpointing": True}),
+    "lora": (customize, {"method": "lora", "lora": LORA}),
+    "custom_diffusion": (customize, {"method": "custom_diffusion"}),
+    "dreambooth": (customize, {"method": "dreambooth"}),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def config_of(trainer, tiny_model: str, folder: Path, **fields):
+    """Two updates of two images."""
+    fields |= {
+        "pretrained_model_name_or_path": tiny_model,
+        "random_init": True,
+        "max_train_steps": 2,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "validation_steps": 0,
+        "report_to": "none",
+    }
+    images = folder / "images"
+    if trainer in (alignprop, ddpo):
+        prompts = folder / "prompts.txt"
+        prompts.write_text("a cat\na dog\n")
+        fields |= {"prompt_file": str(prompts), "rewards": [RewardConfig("tests.toy_rewards:Red")], "lora": LORA}
+        fields |= {"num_validation_images": 2}
+    elif trainer is controlnetpp:
+        if not images.exists():
+            write_folder(images, number=4, size=(16, 16))
+        fields |= {"train_data_dir": str(images), "condition": ConditionConfig("tests.toy_conditions:Red")}
+        fields |= {"num_validation_images": 2}
+    else:
+        images.mkdir(exist_ok=True)
+        for i, color in enumerate(("red", "blue", "green")):
+            Image.new("RGB", (32, 32), color).save(images / f"{i}.png")
+        fields |= {"validation_prompts": ["a {}"]}
+        if trainer is neti:
+            fields |= {"train_data_dir": str(images), "super_category_token": "cat", "validation_seeds": [0]}
+            fields |= {"mapper": neti.MapperConfig(hidden_size=4, num_frequencies=8)}
+        else:
+            fields |= {"instance_data_dir": str(images), "class_noun": "cat", "num_class_images": 2}
+            fields |= {"num_validation_images": 2}
+    return trainer.Config(**fields)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path)]
+    return {f"{p.relative_to(folder)}/{key}": value for p in files for key, value in load_file(p).items()}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_same_artifact_as_without(tiny_model, tmp_path, name):
+    trainer, fields = TRAINERS[name]
+    config = {"trainer": trainer, "tiny_model": tiny_model, "folder": tmp_path} | fields
+    plain = trainer.train(config_of(**config, output_dir=str(tmp_path / "plain")))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = trainer.train(config_of(**config, output_dir=str(tmp_path / "compiled"), torch_compile="aot_eager"))
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    expected, tensors = tensors_of(plain), tensors_of(compiled)
+    assert expected and tensors.keys() == expected.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
