@@ -1,6 +1,7 @@
 """The page: its tabs, and how it is served."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported, w
 
 import gradio as gr
 
+from alignkit.emoji import EXAMPLES_DIR
 from app import safety, tab_explore, tab_generate, tab_runs, tab_train, ui
 from app.generate import Models
 
@@ -40,10 +42,11 @@ CSS = """
 
 def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checker: str | None = None) -> gr.Blocks:
     """The page over a folder of runs, which is made if it is not there; `bases`: name -> folder or Hub name."""
-    folder = Path(folder).resolve()
+    folder, bases = Path(folder).resolve(), bases or {"emoji": "emoji"}
+    if "emoji" in bases.values() and not folder.exists():
+        lay_out_examples(folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder / ".cache")  # components look at it when they are made
-    bases = bases or {"emoji": "emoji"}
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, to follow a map, and new words. {RIGHTS}")
@@ -65,6 +68,12 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
 
         demo.unload(leave)
     return demo.queue(max_size=QUEUE_SIZE)
+
+
+def lay_out_examples(folder: Path) -> None:
+    """Copies of what ships with the emoji world, as runs: something to draw with before anything is trained."""
+    for example in sorted(EXAMPLES_DIR.glob("*")):
+        shutil.copytree(example, folder / "examples" / example.name)
 
 
 def launch(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app import jobs, safety
+from app import generate, jobs, page, safety
 from tests.app_server import make_world, serving
 from tests.test_app import png_of_size
 
@@ -244,6 +245,16 @@ def test_it_starts_on_a_busy_machine(tmp_path, world, monkeypatch):
     monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)
     with serving(tmp_path, world[1]) as url:
         assert httpx.get(url, timeout=60).status_code == 200
+
+
+def test_examples_lie_in_a_new_folder_and_do_not_come_back(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(page, "EXAMPLES_DIR", world[0] / "runs" / "alignprop")
+    folder, bases = tmp_path / "runs", {"emoji": "emoji"}
+    page.build(folder, bases)
+    assert generate.loras(folder) == ["examples/style"]
+    shutil.rmtree(folder / "examples")
+    page.build(folder, bases)
+    assert generate.loras(folder) == []
 
 
 def test_nothing_was_asked_outside(client):

@@ -1,0 +1,70 @@
+"""Train the artifacts that ship with the emoji world, by the trainers' own command lines, and put them in the package.
+
+    python training/emoji/examples.py                          # those that are missing: an hour and a half of two cores
+    python training/emoji/examples.py --only depth --only neti
+
+They are loaded by name, as `alignkit generate --lora emoji/examples/aesthetic`. Weights of networks are shipped in
+fp16. A run that was stopped goes on where it was.
+"""
+
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from alignkit.controlnet import WEIGHTS
+from alignkit.emoji import EXAMPLES_DIR
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ["--train_data_dir", "configs/customize/emoji_concept", "--placeholder_token", "<cat>"]
+PICTURES += ["--super_category_token", "cat"]
+
+# name: (config, overrides)
+EXAMPLES = {
+    "aesthetic": ("alignprop/emoji", []),
+    "segmentation": ("controlnetpp/emoji_segmentation", []),
+    "depth": ("controlnetpp/emoji_depth", []),
+    "neti": ("neti/emoji", PICTURES),
+    "textual_inversion": ("neti/emoji", [*PICTURES, "--method", "textual_inversion"]),
+    "p_plus": ("neti/emoji", [*PICTURES, "--method", "p_plus"]),
+    "lora": ("customize/emoji_lora", []),
+    "custom_diffusion": ("customize/emoji_custom_diffusion", []),
+}
+SHIPPED = (
+    "*.safetensors",
+    "*.json",
+    "events.jsonl",
+    "*.png",
+    "config.yaml",
+    "README.md",
+)  # of a run's folder, not of its subfolders
+
+
+def make(name: str) -> None:
+    config, overrides = EXAMPLES[name]
+    run, folder = ROOT / "runs" / "examples" / name, EXAMPLES_DIR / name
+    command = [sys.executable, f"training/{Path(config).parent}.py", "--config", f"configs/{config}.yaml"]
+    subprocess.run([*command, "--output_dir", f"runs/examples/{name}", *overrides], cwd=ROOT, check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in sorted({file for pattern in SHIPPED for file in run.glob(pattern)}):
+        if file.name == WEIGHTS:
+            save_in_half(file, folder / WEIGHTS)
+        else:
+            shutil.copy(file, folder)
+
+
+def save_in_half(file: Path, target: Path) -> None:
+    with safe_open(file, "pt") as tensors:
+        save_file({key: tensors.get_tensor(key).half() for key in tensors.keys()}, target, tensors.metadata())  # noqa: SIM118
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(EXAMPLES), action="append")
+    for chosen in parser.parse_args().only or [name for name in EXAMPLES if not (EXAMPLES_DIR / name).is_dir()]:
+        make(chosen)
