@@ -92,7 +92,7 @@ def unpacked(archive: Path, scratch: Path, folder: str, column: str | None) -> l
         with zipfile.ZipFile(archive) as file:
             entries = _entries(file)
             contents = {name: _extract(file, entry, scratch, i) for i, (name, entry) in enumerate(entries.items())}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: a password
         raise ValueError(f"{archive.name[:80]} is not a zip that can be read: {error}.") from error
     pictures = {name: path for name, path in contents.items() if _is_picture(name)}
     aside = {PurePosixPath(name).with_suffix("").as_posix(): path for name, path in pictures.items()}
@@ -116,8 +116,13 @@ def _entries(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     entries = {}
     for entry in file.infolist():
         path = PurePosixPath(entry.filename.replace("\\", "/"))
-        if not entry.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in path.parts):
-            entries[path.as_posix()] = entry
+        if entry.is_dir() or not path.name or any(part.startswith((".", "__MACOSX")) for part in path.parts):
+            continue
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may claim gigabytes
+            raise ValueError(
+                f"{entry.filename[:80]} is compressed in a rare way: make the zip with deflate, the usual."
+            )
+        entries[path.as_posix()] = entry
     if len(entries) > 3 * safety.MAX_FILES:
         raise ValueError(f"The zip holds {len(entries)} files: at most {3 * safety.MAX_FILES} are taken.")
     if sum(entry.file_size for entry in entries.values()) > MAX_UNPACKED_BYTES:
@@ -187,7 +192,7 @@ def save_pictures(
     `tell()` is called after each. The set is None when no picture is in order. Raises Cancelled soon after `stop` is
     set, and nothing is kept then.
     """
-    path = _new_set(folder, name)
+    path = new_set(folder, name)
     if not 1 <= len(items) <= safety.MAX_FILES:
         raise ValueError(f"Upload 1 to {safety.MAX_FILES} pictures, got {len(items)}.")
     findings, used = [], 0
@@ -272,7 +277,7 @@ def _save_map(item: Given, path: Path) -> Path:
 
 def save_prompts(folder: Path, name: str, text: str) -> Path:
     """Writes prompts, one a line, as a new set."""
-    path = _new_set(folder, name)
+    path = new_set(folder, name)
     if not 0 < len(text.strip()) <= safety.MAX_YAML_BYTES:
         raise ValueError(f"Write prompts, one a line, at most {safety.MAX_YAML_BYTES // 1000} kB in all.")
     with atomic(path) as temporary:
@@ -282,7 +287,8 @@ def save_prompts(folder: Path, name: str, text: str) -> Path:
     return path / PROMPTS
 
 
-def _new_set(folder: Path, name: str) -> Path:
+def new_set(folder: Path, name: str) -> Path:
+    """Where a set of this name will be. Raises ValueError for what is no name, or one that is there."""
     path = safety.inside(folder, name)
     if path.exists():
         raise ValueError(f"There is a set called {name} already: choose another name.")

@@ -274,9 +274,11 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
         request: gr.Request, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         progress(0, desc="Loading")
+        data.new_set(page.data, name)  # raises before any work
         beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path")
         said = {key: value for key, value in safety.read_config(config).items() if key not in beside_the_point}
         jobs.check(page.folder, said, page.bases)
+        resolution = said.get("resolution") or SMALLEST
         if method == "controlnetpp":
             condition = data.condition_of(said)
             column = said.get("condition_column") or condition.column
@@ -284,7 +286,7 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
         else:
             word = said.get("placeholder_token") if method == "neti" else None  # the other's captions are its templates
             column, folder = None, data.MASKS
-            keeping = data.for_concepts(said.get("resolution") or SMALLEST, word)
+            keeping = data.for_concepts(resolution, word)
         with (
             ui.stoppable(page, request) as stopped,
             data.given(uploads or [], captions or "", beside or [], folder, column) as items,
@@ -292,7 +294,7 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
             tell = Timer(progress, "Checking", max(1, len(items)))
             path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
         chosen = gr.skip() if path is None else gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
-        words = ["None of these pictures can be used."] if path is None else data.check(path, SMALLEST)
+        words = ["None of these pictures can be used."] if path is None else data.check(path, resolution)
         return chosen, "\n\n".join(words), gr.Dataframe([list(finding) for finding in findings], visible=True)
 
     def cancel(request: gr.Request) -> str:

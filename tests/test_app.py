@@ -267,9 +267,12 @@ def test_zips_that_are_refused(tmp_path, monkeypatch):
         open_zip({f"{i}.png": bytes(9000) for i in range(3)})
     with pytest.raises(ValueError, match="601 files"):
         open_zip({f"{i}.png": b"" for i in range(601)})
+    with pytest.raises(ValueError, match="rare way"):
+        zipped(tmp_path, compression=zipfile.ZIP_LZMA)({"a.png": b""})
     with pytest.raises(ValueError, match="not UTF-8"):
         open_zip({"a.png": png_bytes(), "a.txt": b"\xff\xfe\xff"})
-    outside = open_zip({"../../up.png": png_bytes(), "/etc/root.png": png_bytes(), "c:\\win.png": png_bytes()})
+    outside = open_zip({"../../up.png": png_bytes(), "/etc/root.png": png_bytes(), "c:\\win.png": png_bytes(),
+                         ".": b"x"})  # fmt: skip
     assert len(outside) == 2  # what begins with a dot is passed over, and no name is a path
     assert {file.name for file in tmp_path.iterdir()} == {"set.zip"}
     open_zip({"a.png": png_bytes()})
