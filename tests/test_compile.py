@@ -8,12 +8,17 @@ import torch
 from PIL import Image
 from torch._dynamo.utils import counters
 
+from alignkit.base import add_lora
 from alignkit.conditions import ConditionConfig
 from alignkit.config import LoraConfig
+from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig
-from tests.runs import assert_same, reproducible
+from alignkit.run import Run
+from alignkit.sampling import GradientPlan, sample
+from tests.runs import assert_close, assert_same, reproducible
 from tests.test_controls import write_folder
-from tests.tiny import save_tiny_model
+from tests.tiny import ddim, save_tiny_model, tiny_unet
+from tests.toy import toy_config
 from training import alignprop, controlnetpp, customize, ddpo, neti
 
 LORA = LoraConfig(rank=2)
@@ -74,9 +79,40 @@ def config_of(trainer: ModuleType, tiny_model: str, folder: Path, **fields):
     return trainer.Config(**fields)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "alignprop" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
-)
+def test_a_lora_has_the_same_gradient_through_the_sampler(tmp_path):
+    """Two checkpointed steps behind one without a graph; and the same names."""
+    run = Run(toy_config(tmp_path / "run", torch_compile="eager"))
+    schedule, text = NoiseSchedule.from_scheduler(ddim()), torch.randn(1, 5, 16, generator=torch.Generator())
+    x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator())
+
+    def gradient(compiled: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        unet = tiny_unet().requires_grad_(False)
+        if compiled:
+            run.speed_up(unet)
+        lora = add_lora(unet, 2, 2, ["to_k", "to_v"])
+        x_0 = sample(
+            lambda x_t, t: unet(x_t, t, text).sample, x_T, schedule, schedule.timesteps(3), GradientPlan(3, (1, 2))
+        )
+        gradients = torch.autograd.grad(x_0.square().sum(), list(lora.values()))
+        return dict(zip(lora, gradients, strict=True))
+
+    plain = gradient(False)
+    torch._dynamo.reset()
+    counters.clear()
+    assert_close(plain, gradient(True), tolerance=1e-4)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_network_whose_hooks_come_and_go_is_compiled_by_blocks(tmp_path):
+    unet = tiny_unet()
+    Run(toy_config(tmp_path / "run", torch_compile="eager")).speed_up(unet, hooked=True)
+    compiled = {type(m).__name__ for m in unet.modules() if m._compiled_call_impl is not None}
+    assert compiled == {"BasicTransformerBlock"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
 def test_the_same_artifact_as_without(tiny_model, tmp_path, name):
     trainer, fields = TRAINERS[name]
     config = {"trainer": trainer, "tiny_model": tiny_model, "folder": tmp_path} | fields
