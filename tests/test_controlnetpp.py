@@ -1,6 +1,7 @@
 """training/controlnetpp.py and alignkit/controlnet.py on randomly initialised models of a few thousand parameters."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -217,7 +218,8 @@ def test_a_dropped_condition_is_black_and_has_no_reward(config, base):
 
     chance = [next(d for d in draws if (d.drop_prompt, d.drop_condition) == k) for k in [(False, True), (True, False)]]
     batch = controlnetpp.Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 16, 16), ["a cat", "a cat"])
-    predict = controlnetpp.controlled(base, Net(), build_condition(RED), batch, chance, base.condition)
+    encode_prompts = partial(controlnetpp.encode_prompt, base)
+    predict = controlnetpp.controlled(base, Net(), build_condition(RED), batch, chance, encode_prompts)
     with pytest.raises(StopIteration):
         predict(batch.x_0, torch.tensor([1, 1]))
     assert seen["control"][0].max() == 0 and seen["control"][1].min() == 1
