@@ -189,7 +189,7 @@ def fused_attention(
 class Autocast(torch.autocast):
     """The meta device has no autocast, so this does its work there: by name, as functions are called, and as on `like`.
 
-    Weights are cast once a context, as autocast does. Switched off, it is the CPU's, which leaves meta tensors alone.
+    Weights are cast once a context, as autocast does. Nothing is while it is switched off.
     """
 
     LOWER = ((F, "linear"), (F, "conv2d"), (F, "scaled_dot_product_attention"), (torch, "bmm"), (torch, "baddbmm"))
@@ -198,16 +198,17 @@ class Autocast(torch.autocast):
     active: ClassVar["Autocast | None"] = None
 
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **options):
-        self.meta_dtype = dtype if device_type == "meta" and enabled else None
-        on_meta = device_type == "meta"
+        self.on_meta = on_meta = device_type == "meta"
+        self.meta_dtype = dtype if on_meta and enabled else None
         super().__init__(
             "cpu" if on_meta else device_type, None if on_meta else dtype, enabled and not on_meta, **options
         )
 
     def __enter__(self):
         self._outer, self._patches, weights = Autocast.active, contextlib.ExitStack(), {}
+        if self.on_meta:
+            Autocast.active = self if self.meta_dtype else None
         if self.meta_dtype:
-            Autocast.active = self
             for functions, dtype in ((self.LOWER, self.meta_dtype), (self.FLOAT32[self.like], torch.float32)):
                 for owner, name in functions:
                     casting = _casting(getattr(owner, name), dtype, weights)
@@ -224,7 +225,9 @@ def _casting(function: Callable, dtype: torch.dtype, weights: dict[int, Tensor])
     """The function, with floating-point tensors on the meta device cast to `dtype`; `weights` are the cast ones."""
 
     def cast(value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.is_meta and value.is_floating_point()) or value.dtype == dtype:
+        if not (isinstance(value, Tensor) and value.is_meta and value.is_floating_point()):
+            return value
+        if Autocast.active is None or value.dtype == dtype:
             return value
         if not (value.is_leaf and value.requires_grad):
             return value.to(dtype)

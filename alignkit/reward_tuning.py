@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from alignkit.artifacts import LORA_WEIGHTS, read_events, save_lora, save_strip, write_card
-from alignkit.base import Base
+from alignkit.base import Base, add_lora
 from alignkit.config import LoraConfig, RunConfig, free, to_dict
 from alignkit.data import Prompts, read_prompts
 from alignkit.early_stop import (
@@ -28,7 +28,7 @@ from alignkit.early_stop import (
     reason_to_stop,
     restore_best,
 )
-from alignkit.rewards import Combined, RewardConfig, WeightedRewards
+from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine
 from alignkit.rewards.clip import Encoder
 from alignkit.run import Run
 from alignkit.sampling import sample
@@ -85,7 +85,7 @@ class RewardTuningConfig(RunConfig):
         return self.lora.rank if self.lora.alpha is None else self.lora.alpha
 
 
-# Prompts
+# What is trained, and on what
 
 
 def read_training_prompts(cfg: RewardTuningConfig) -> tuple[Prompts, Prompts]:
@@ -93,6 +93,14 @@ def read_training_prompts(cfg: RewardTuningConfig) -> tuple[Prompts, Prompts]:
     prompts = read_prompts(cfg.prompt_file)
     fixed = read_prompts(cfg.validation_prompt_file) if cfg.validation_prompt_file else prompts
     return prompts, fixed.rows([i % len(fixed) for i in range(cfg.num_validation_images)])
+
+
+def load_tuned(run: Run, cfg: RewardTuningConfig, prompts: list[str]) -> tuple[Base, dict[str, nn.Parameter], "Judges"]:
+    """The base with a LoRA, the LoRA's parameters, and the judges; ValueError for a prompt that the base cuts."""
+    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
+    base.check_prompts([*prompts, cfg.negative_prompt])
+    lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
+    return base, lora, Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
 
 
 # Scores

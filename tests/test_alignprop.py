@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignkit.artifacts import LORA_WEIGHTS, read_events
+from alignkit.artifacts import LORA_WEIGHTS
 from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, parse, to_dict
 from alignkit.data import read_prompts
@@ -18,6 +18,7 @@ from alignkit.emoji import WEIGHTS_DIR
 from alignkit.reward_tuning import Validation, lora_norm
 from alignkit.rewards import RewardConfig
 from alignkit.sampling import PLANS
+from tests.runs import assert_same, reproducible, scalars, tuning_configs
 from tests.tiny import save_tiny_model
 from tests.torchrun import train_on_two_ranks
 from training import alignprop
@@ -36,44 +37,12 @@ def tiny_model(tmp_path_factory) -> str:
 @pytest.fixture
 def config(tiny_model, tmp_path):
     """Makes a Config of 4 updates of 4 images in 4 steps."""
-    prompt_file = tmp_path / "prompts.txt"
-    prompt_file.write_text("a cat\na dog\na red fox\na bus\na star\n")
-
-    def make(name: str = "run", **fields) -> Config:
-        defaults = {
-            "pretrained_model_name_or_path": tiny_model,
-            "random_init": True,
-            "prompt_file": str(prompt_file),
-            "rewards": [RewardConfig(RED)],
-            "num_inference_steps": 4,
-            "guidance_scale": 3.0,
-            "max_train_steps": 4,
-            "train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
-            "num_validation_images": 4,
-            "validation_steps": 0,
-            "checkpointing_steps": 100,
-            "report_to": "none",
-        }
-        return Config(output_dir=str(tmp_path / name), **{**defaults, **fields})
-
-    return make
+    own = {"rewards": [RewardConfig(RED)], "num_inference_steps": 4, "num_validation_images": 4}
+    return tuning_configs(Config, tiny_model, tmp_path, **own)
 
 
 def lora_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / LORA_WEIGHTS)
-
-
-def assert_same(one: Path, two: Path, tolerance: float = 0.0) -> None:
-    one, two = lora_of(one), lora_of(two)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=tolerance)
-
-
-def scalars(folder: Path) -> list[dict]:
-    return [event for event in read_events(folder / "events.jsonl") if event["type"] == "scalars"]
 
 
 # It learns
@@ -248,12 +217,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
     (resumed / LORA_WEIGHTS).unlink()
     train(config("resumed", **fields))
     assert_same(whole, resumed)
-    changing = ("time", "images_per_second", "memory_gib")
-    one, two = (
-        [{key: value for key, value in event.items() if key not in changing} for event in scalars(folder)]
-        for folder in (whole, resumed)
-    )
-    assert one == two and len(one) == 4
+    assert reproducible(whole) == reproducible(resumed) and len(scalars(whole)) == 4
 
 
 def test_validation_leaves_the_training_untouched(config):

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from alignkit.artifacts import LORA_WEIGHTS, read_events, remove
+from alignkit.artifacts import LORA_WEIGHTS, remove
 from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, parse
 from alignkit.data import Prompts, read_prompts
@@ -17,6 +16,7 @@ from alignkit.emoji import WEIGHTS_DIR
 from alignkit.reward_tuning import Judges
 from alignkit.rewards import RewardConfig, combine
 from alignkit.run import Run
+from tests.runs import assert_same, reproducible, scalars, tuning_configs
 from tests.tiny import save_tiny_model
 from tests.torchrun import train_on_two_ranks
 from training import ddpo
@@ -38,43 +38,15 @@ def tiny_model(tmp_path_factory) -> str:
 @pytest.fixture
 def config(tiny_model, tmp_path):
     """Makes a Config of 2 rounds of 2 updates of 4 images in 3 steps."""
-    prompt_file = tmp_path / "prompts.txt"
-    prompt_file.write_text("a cat\na dog\na red fox\na bus\na star\n")
-
-    def make(name: str = "run", **fields) -> Config:
-        defaults = {
-            "pretrained_model_name_or_path": tiny_model,
-            "random_init": True,
-            "prompt_file": str(prompt_file),
-            "rewards": [RewardConfig("tests.toy_rewards:Detached")],  # which needs no gradient
-            "num_images_per_prompt": 4,
-            "per_prompt_min_count": 4,
-            "num_inference_steps": 3,
-            "guidance_scale": 3.0,
-            "updates_per_round": 2,
-            "max_train_steps": 4,
-            "train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
-            "num_validation_images": 2,
-            "validation_steps": 0,
-            "checkpointing_steps": 100,
-            "report_to": "none",
-        }
-        return Config(output_dir=str(tmp_path / name), **{**defaults, **fields})
-
-    return make
-
-
-def scalars(folder: Path) -> list[dict]:
-    return [event for event in read_events(folder / "events.jsonl") if event["type"] == "scalars"]
-
-
-def assert_same(one: Path, two: Path, tolerance: float = 0.0) -> None:
-    one, two = load_file(one / LORA_WEIGHTS), load_file(two / LORA_WEIGHTS)
-    assert one.keys() == two.keys() and any(tensor.any() for name, tensor in one.items() if "up" in name)
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=tolerance)
+    own = {
+        "rewards": [RewardConfig("tests.toy_rewards:Detached")],  # which needs no gradient
+        "num_images_per_prompt": 4,
+        "per_prompt_min_count": 4,
+        "num_inference_steps": 3,
+        "updates_per_round": 2,
+        "num_validation_images": 2,
+    }
+    return tuning_configs(Config, tiny_model, tmp_path, **own)
 
 
 # The formulas
@@ -177,8 +149,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
     """Stopped at the end of a round, and within one, which is then drawn again by the policy that drew it."""
     fields = {"checkpointing_steps": 1, "num_images_per_prompt": 2, "per_prompt_min_count": 3, "use_ema": True}
     whole = train(config("whole", **fields, checkpoints_total_limit=None))
-    changing = ("time", "images_per_second", "memory_gib")
-    logged = [{key: value for key, value in event.items() if key not in changing} for event in scalars(whole)]
     for stopped_at in (2, 3):
         cfg = config(f"resumed_{stopped_at}", **fields)
         resumed = shutil.copytree(whole, cfg.output_dir)
@@ -187,8 +157,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
         remove(Path(resumed) / LORA_WEIGHTS)
         folder = train(cfg)
         assert_same(whole, folder)
-        again = [{key: value for key, value in event.items() if key not in changing} for event in scalars(folder)]
-        assert again == logged and len(again) == 4
+        assert reproducible(folder) == reproducible(whole) and len(scalars(folder)) == 4
 
 
 def test_two_processes_equal_one(config):

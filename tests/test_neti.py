@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from alignkit.artifacts import load_tensors, read_events
 from alignkit.attention import context_bank
 from alignkit.base import load_base
 from alignkit.concepts import Concepts, create, load
 from alignkit.run import Run
+from tests.runs import assert_same, reproducible
 from tests.test_families import thin
 from tests.torchrun import train_on_two_ranks
 from training import neti
@@ -52,17 +52,6 @@ def config(images, tmp_path):
         return Config(output_dir=str(tmp_path / name), **{**defaults, **fields})
 
     return build
-
-
-def weights(folder):
-    file = "mapper.safetensors" if (folder / "mapper.safetensors").exists() else "learned_embeds.safetensors"
-    return load_tensors(folder / file)
-
-
-def scalars(folder):
-    changing = ("time", "images_per_second", "memory_gib")
-    events = [event for event in read_events(folder / "events.jsonl") if event["type"] == "scalars"]
-    return [{key: value for key, value in event.items() if key not in changing} for event in events]
 
 
 @pytest.mark.parametrize("method", ["neti", "textual_inversion", "p_plus"])
@@ -139,23 +128,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
         (interrupted / name).rmdir()
     (interrupted / "mapper.safetensors").unlink()
     train(config("interrupted", **fields))
-    one, two = weights(whole), weights(interrupted)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert scalars(whole) == scalars(interrupted) and len(scalars(whole)) == 4
+    assert_same(whole, interrupted)
+    assert reproducible(whole) == reproducible(interrupted) and len(reproducible(whole)) == 4
 
 
 def test_accumulation_and_checkpointing_do_not_change_the_run(config):
-    one = weights(train(config("one", train_batch_size=4)))
+    one = train(config("one", train_batch_size=4))
     fields = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
-    two = weights(train(config("two", **fields)))
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert_same(one, train(config("two", **fields)), tolerance=1e-4)
 
 
 def test_two_processes_equal_one(config, tmp_path):
     alone = train(config("alone", train_batch_size=4, adam_epsilon=1e-3))  # signs of tiny gradients may differ
     two = train_on_two_ranks("training/neti.py", config("two", train_batch_size=2, adam_epsilon=1e-3))
-    one, two = weights(alone), weights(two)
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert_same(alone, two, tolerance=1e-5)
 
 
 def test_gradient_checkpointing_does_not_change_the_mappers_gradient(config):

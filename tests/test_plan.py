@@ -99,6 +99,14 @@ def test_without_numbers_every_check_passes():
         assert (~x.isfinite()).nonzero().tolist() == []
 
 
+def test_autocast_within_autocast():
+    x = torch.zeros(2, 4, device="meta")
+    with plan.NoNumbers(), torch.autocast("meta", torch.bfloat16):
+        with torch.autocast("meta", enabled=False):
+            assert nn.functional.linear(x, x).dtype == torch.float32
+        assert nn.functional.linear(x, x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_autocast_holds_and_computes_in_half_precision(device, checkpointed):

@@ -34,18 +34,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from alignkit.base import Base, add_lora
+from alignkit.base import Base
 from alignkit.config import command
 from alignkit.data import Prompts
 from alignkit.early_stop import diversity
-from alignkit.reward_tuning import (
-    Judges,
-    RewardTuningConfig,
-    Validation,
-    export,
-    read_training_prompts,
-)
-from alignkit.rewards import Combined, WeightedRewards, combine, probe
+from alignkit.reward_tuning import RewardTuningConfig, Validation, export, load_tuned, read_training_prompts
+from alignkit.rewards import Combined, WeightedRewards, probe
 from alignkit.run import Run
 from alignkit.sampling import PLANS, GradientPlan, sample
 
@@ -88,10 +82,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the LoRA and its card."""
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "alignprop")
-    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
-    base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
-    lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
-    judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
+    base, lora, judges = load_tuned(run, cfg, prompts.prompts + fixed.prompts)
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 
     state, best = {"validations": []}, {}

@@ -199,6 +199,7 @@ def train(cfg: Config) -> Path:
     condition.to(run.device)
     if cfg.reward_weight:
         probe_condition(condition, *size, run.device)
+    load = Loader(run, cfg, data, base, condition, size)
     controlnet = make_controlnet(cfg, base)
     run.speed_up(controlnet)
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
@@ -216,7 +217,6 @@ def train(cfg: Config) -> Path:
         run.show(0, "start", images, validation.prompts)
         run.show(0, "control", validation.controls, validation.prompts)
 
-    load = Loader(run, cfg, data, base, condition, size)
     encode_prompts = remembering(base) if cfg.cache else partial(encode_prompt, base)
     stopped, images = None, None
     for step in run.steps():

@@ -34,18 +34,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from alignkit.base import Base, add_lora
+from alignkit.base import Base
 from alignkit.config import command
 from alignkit.data import Prompts
 from alignkit.early_stop import diversity
-from alignkit.reward_tuning import (
-    Judges,
-    RewardTuningConfig,
-    Validation,
-    export,
-    read_training_prompts,
-)
-from alignkit.rewards import combine
+from alignkit.reward_tuning import Judges, RewardTuningConfig, Validation, export, load_tuned, read_training_prompts
 from alignkit.run import Run
 from alignkit.sampling import Denoiser
 
@@ -108,10 +101,7 @@ def train(cfg: Config) -> Path:
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "ddpo")
     check_round(cfg, run)
-    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
-    base.check_prompts([*prompts.prompts, *fixed.prompts, cfg.negative_prompt])
-    lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, seed=cfg.seed)
-    judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
+    base, lora, judges = load_tuned(run, cfg, prompts.prompts + fixed.prompts)
 
     # A round's samples are too large to save, so what drew them is: a resumed run draws them again.
     state: dict[str, Any] = {"validations": [], "rewards": {}}
