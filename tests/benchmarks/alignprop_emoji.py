@@ -58,7 +58,13 @@ ARMS = {
     "alignment on pairs": Arm("alignprop/emoji_pairs", prompts="pairs"),
     "exactly three": Arm("alignprop/emoji_three", prompts="three"),
     "alignment": Arm("alignprop/emoji_alignment"),
-    "the demo: aesthetic + alignment": Arm("alignprop/emoji"),
+    "aesthetic + alignment": Arm(
+        "alignprop/emoji_aesthetic",
+        {
+            "rewards": '[{"name": "aesthetic", "loss": "hinge", "target": 2.2}, {"name": "alignment", "weight": 6.0}]',
+        },
+    ),
+    "the demo": Arm("alignprop/emoji"),
     "control: detached reward": Arm(
         "alignprop/emoji_aesthetic",
         {"rewards": '[{"name": "tests.benchmarks.controls:DetachedAesthetic", "loss": "hinge", "target": 2.2}]'},

@@ -107,6 +107,7 @@ def run(sprite: sprites.Sprite, tint: str, seed: int) -> dict:
 
 def train_row(base, table: torch.nn.Parameter, token: int, images: torch.Tensor, seed: int) -> None:
     """Textual Inversion: of the embedding table, only the placeholder's row moves."""
+    table.requires_grad_(True)
     hook = table.register_hook(lambda grad: grad * (torch.arange(len(grad)) == token)[:, None])
     train(base, images, [table], steps=300, learning_rate=5e-3, seed=seed)
     hook.remove()

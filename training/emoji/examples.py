@@ -25,7 +25,7 @@ PICTURES += ["--super_category_token", "cat"]
 
 # name: (config, overrides)
 EXAMPLES = {
-    "aesthetic": ("alignprop/emoji", []),
+    "aesthetic": ("alignprop/emoji", ["--mixed_precision", "bf16"]),
     "segmentation": ("controlnetpp/emoji_segmentation", []),
     "depth": ("controlnetpp/emoji_depth", []),
     "neti": ("neti/emoji", PICTURES),
