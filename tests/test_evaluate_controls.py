@@ -35,7 +35,7 @@ def test_image_scores_by_hand():
 
 def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
     base = load_base("emoji", random_init=True, shrink=8)
-    monkeypatch.setattr("alignkit.base.load_base", lambda name, device: base)
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, device, dtype: base)
     save_controlnet(tmp_path / "controlnet", new_controlnet(base.unet, base.vae_scale_factor))
     results = tmp_path / "results.jsonl"
     rows = evaluate.controllability(
@@ -50,6 +50,6 @@ def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
     assert rows == [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["model"] for row in rows] == ["real", str(tmp_path / "controlnet")]
     assert rows[1].keys() >= {
-        "condition", "evaluator", "number", "seed", "scheduler", "num_inference_steps", "guidance_scale",
+        "condition", "evaluator", "number", "seed", "scheduler", "num_inference_steps", "guidance_scale", "dtype",
         "world_hash", "SSIM", "MS-SSIM", "alignment", "KID", "diversity",
     }  # fmt: skip
