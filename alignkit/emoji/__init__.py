@@ -10,7 +10,7 @@ EXAMPLES_DIR = ROOT / "examples"  # what the trainers made of the base; no part 
 
 
 def resolve(name_or_path: str | PathLike) -> str:
-    """Path of a bundled model: "emoji" is the base, "emoji/training/clip" a judge, "emoji/examples/depth" an artifact.
+    """Path of a bundled model: "emoji" is the base, "emoji/training/clip" a judge, "emoji/examples/neti" an artifact.
 
     Any other name is returned as it is. Raises FileNotFoundError, with the names there are, when the world holds no
     such model.
