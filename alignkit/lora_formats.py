@@ -13,7 +13,7 @@ A converted file is the same update of the same weights, alpha included: where r
 alpha (it stands in the header alone), it is folded into the weights. Queries, keys and values that are three layers in
 diffusers and one in FLUX's original code become one update, block by block, as kohya's scripts write it.
 
-SD3 has names of kohya's too, but stock diffusers does not read them, and ComfyUI reads diffusers' file as it is.
+SD3 has names of kohya's too, but stock diffusers does not read them, so nothing here could check what was written.
 """
 
 import os
@@ -328,8 +328,8 @@ def _network_of(model: str) -> Network:
     family = family_of(path)
     if family is FAMILIES["StableDiffusion3Pipeline"]:
         raise ValueError(
-            f"{model} is of the family {family.label}, whose names of kohya's stock diffusers does not read; ComfyUI "
-            f"reads diffusers' own file, {LORA_WEIGHTS}, as it is"
+            f"{model} is of the family {family.label}, whose names of kohya's stock diffusers does not read, so "
+            f"what was written could not be checked: keep diffusers' own file, {LORA_WEIGHTS}"
         )
     cls = family.components[family.network]
     with torch.device("meta"):  # no weights are read or made

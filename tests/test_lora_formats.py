@@ -195,7 +195,7 @@ def test_what_is_refused(folders, tmp_path):
         convert(tmp_path / "sd", kohya, model=folders["sdxl"])
     with pytest.raises(ValueError, match="does not fit this base model: expected .* no such layer"):
         convert(tmp_path / "sd", kohya, model=folders["flux"])
-    with pytest.raises(ValueError, match="family SD3, whose names .* ComfyUI reads diffusers' own file"):
+    with pytest.raises(ValueError, match="family SD3, whose names .* keep diffusers' own file"):
         convert(tmp_path / "sd", kohya, model=folders["sd3"])
     fits = _network_of(folders["flux"]).layers["x_embedder"]
     outside = {

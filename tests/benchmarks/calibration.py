@@ -1,11 +1,11 @@
-"""Do the emoji world's evaluators see what a person sees? 200 generated images, labelled by looking.
+"""Do the emoji world's evaluators see what the eye sees? 200 generated images, labelled by looking.
 
     python tests/benchmarks/calibration.py --draw    # the images, in numbered grids: runs/benchmarks/calibration/*.png
     python tests/benchmarks/calibration.py           # the table: both evaluators beside results/calibration.json
 
-The labels are a person's answers in the order of the grids: for singles and pairs "1" where every named object can be
-recognised, for counts how many objects there are, whatever they are. They belong to one version of the weights, whose
-hash stands beside them.
+The labels are one labeller's answers in the order of the grids: for singles and pairs "1" where every named object can
+be recognised, for counts how many objects there are, whatever they are. They belong to one version of the weights,
+whose hash stands beside them.
 """
 
 import json
