@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models import attention_processor
 from torch import Tensor, nn
 
@@ -107,8 +107,10 @@ def alignit(
         processors, or another U-Net and text encoder.
     concepts: `Concept`s, or what `alignkit.concepts.load` returns.
     mode: attention keeps the promise above in every layer. With joint attention (SD3, FLUX) none can be kept behind the
-        first block, where every row has read all others; input, for these alone, exchanges the rows that enter the
-        transformer, of CLIP and of T5, and leaves pooled embeddings and the negative prompt the base's.
+        first block, where every row has read all others; input, for these alone, keeps it of the rows that enter the
+        transformer (SD3: of CLIP and of T5; FLUX: of T5) and of nothing behind, and says so in a warning. Pooled
+        embeddings, which are of a whole prompt, stay the base's. It takes what changed those text encoders: tokens of
+        Textual Inversion, a LoRA in them, or others in `custom`; no LoRA of the transformer, and no other transformer.
     base: the base pipeline, where `pipe` does not hold its weights any more (DreamBooth's whole U-Net).
     custom: the customised pipeline, where `pipe` is the base: its queries and all else stay the base's then.
     source: of the concept's rows: the dummy prompt, or the same prompt in the customised model, which lets the words
@@ -135,12 +137,11 @@ def alignit(
     if "encode_prompt" in vars(pipe):
         raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     if mode == "input":
-        if infuse != "both" or layers is not None or timesteps is not None or truncation is not None or base_adapters:
+        if infuse != "both" or layers is not None or timesteps is not None or truncation is not None:
             raise ValueError(
-                "mode input exchanges whole rows before the first layer: no infuse, layers, timesteps, truncation or "
-                "base_adapters."
+                "mode input exchanges whole rows before the first layer: no infuse, layers, timesteps or truncation."
             )
-        with _input_rows(pipe, concepts, base, custom, source, strength):
+        with _input_rows(pipe, concepts, base, custom, source, strength, base_adapters):
             yield pipe
         return
     _check_family(pipe)
@@ -174,7 +175,7 @@ def alignit(
     segment = _Segment(tokenizers, 0, window)
     text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment, truncation, base_adapters)
     if not two_weights and base is None and custom is None:
-        _check_customised(pipe, concepts, segment.of(pipe), base_adapters)
+        _check_customised(concepts, _text_encoders(pipe), segment.of(pipe), base_adapters)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
     everywhere = infuse == "both" and layers is None and timesteps is None
     everywhere = everywhere and all(concept.values_from is None for concept in concepts)
@@ -207,6 +208,9 @@ class _Segment:
 
     def of(self, pipe: Any) -> list[Any]:
         return [getattr(pipe, name) for name in self.tokenizers]
+
+    def encoders(self, pipe: Any) -> list[nn.Module]:
+        return [getattr(pipe, name.replace("tokenizer", "text_encoder")) for name in self.tokenizers]
 
 
 @dataclass(frozen=True)
@@ -523,11 +527,13 @@ def _infused(text: _Text, prompt: _Prompt, timestep: float, like: Tensor) -> tup
 
 def _segments(pipe: Any, max_sequence_length: int) -> list[_Segment]:
     """What an embedding of SD3 (CLIP's rows, then T5's) or FLUX (T5's) is made of. ValueError for other pipelines."""
-    if isinstance(pipe, StableDiffusion3Pipeline):
+    network = getattr(pipe, "transformer", None)
+    network = getattr(network, "_orig_mod", network)  # of a compiled one
+    if isinstance(network, SD3Transformer2DModel):
         clip = _Segment(("tokenizer", "tokenizer_2"), 0, pipe.tokenizer_max_length)
         t5 = _Segment(("tokenizer_3",), clip.window, max_sequence_length)
         return [clip] if pipe.text_encoder_3 is None else [clip, t5]
-    if isinstance(pipe, FluxPipeline):
+    if isinstance(network, FluxTransformer2DModel):
         return [_Segment(("tokenizer_2",), 0, max_sequence_length)]
     raise ValueError(
         f'mode="input" is for pipelines of SD3 and FLUX, got {type(pipe).__name__}: with the U-Nets of SD 1.x, SD 2.x '
@@ -537,19 +543,29 @@ def _segments(pipe: Any, max_sequence_length: int) -> list[_Segment]:
 
 @contextmanager
 def _input_rows(
-    pipe: Any, concepts: Sequence[Concept], base: Any, custom: Any, source: str, strength: float
+    pipe: Any,
+    concepts: Sequence[Concept],
+    base: Any,
+    custom: Any,
+    source: str,
+    strength: float,
+    base_adapters: Sequence[str],
 ) -> Iterator[None]:
     """AlignIT with `mode="input"`: `encode_prompt` gives the concepts' own rows, all others are the base's for P_0."""
     own, other = custom or pipe, base or pipe
-    for one in (own, other):
-        _segments(one, 1)
-        _refuse_merged(one)
+    _check_input(pipe, own, other, concepts, base_adapters)
     _check_phrases(concepts)
-    if any(concept.learned is not None or concept.values_from is not None for concept in concepts):
-        raise ValueError("mode input takes concepts that the pipeline's own text encoders read, without values_from.")
+    warnings.warn(
+        "AlignIT's mode input decides about the rows that enter the transformer, and about nothing behind: from the "
+        "second block on every row has read the concept, so what it keeps of the other words is for you to look at.",
+        stacklevel=5,  # through two context managers
+    )
     signature = inspect.signature(pipe.encode_prompt)
+    sides = [name for name in ("prompt", "negative_prompt") if name in signature.parameters]
     encode_custom, encode_base = own.encode_prompt, other.encode_prompt
+    default = signature.parameters["max_sequence_length"].default
     texts: dict[int, list[_Text]] = {}  # by the length of T5's part
+    met = False
 
     def of_length(length: int) -> list[_Text]:
         if length not in texts:
@@ -558,39 +574,45 @@ def _input_rows(
                 text.encode_custom = encode_custom  # not this block's
         return texts[length]
 
-    default = signature.parameters["max_sequence_length"].default
-    if base is None and custom is None:
-        _check_customised(pipe, concepts, [t for segment in _segments(pipe, default) for t in segment.of(pipe)])
-
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+        nonlocal met
         given = signature.bind(*args, **kwargs)
         values = given.arguments
         names = ("clip_skip", "lora_scale", "max_sequence_length")
         extra = {name: values[name] for name in names if values.get(name) is not None}
         parts = of_length(extra.get("max_sequence_length", default))
-        prompts = [] if values.get("prompt_embeds") is not None else _listed(values.get("prompt"))
-        placed = [[text.prompt(prompt, extra) for prompt in prompts] for text in parts]
-        for name in ("prompt", "negative_prompt"):
-            given_text = values.get(name)
-            plain = [parts[0].prompt(prompt, extra).plain for prompt in _listed(given_text)]
-            for other_name in (f"{name}_2", f"{name}_3"):
-                if values.get(other_name) not in (None, given_text):
-                    raise ValueError(f"{other_name} differs from {name}: with AlignIT all text encoders read the same.")
-                if values.get(other_name) is not None:
-                    values[other_name] = plain[0] if isinstance(given_text, str) else plain
-            if given_text is not None:
-                values[name] = plain[0] if isinstance(given_text, str) else plain
-        if prompts and not any(prompt.spans for prompt in placed[0]):
-            warnings.warn(f"No concept in {prompts!r}: the base draws it.", stacklevel=3)
-        with _base_adapters(other, ()):
-            prompt_embeds, *rest = encode_base(*given.args, **given.kwargs)
+        placed: dict[str, list[list[_Prompt]]] = {}
+        for name in sides:
+            told = values.get(name)
+            listed = [] if values.get(f"{name}_embeds") is not None else _listed(told)
+            placed[name] = [[text.prompt(prompt, extra) for prompt in listed] for text in parts]
+            plain = [prompt.plain for prompt in placed[name][0]]
+            for again in (f"{name}_2", f"{name}_3"):
+                if values.get(again) not in (None, told):
+                    raise ValueError(f"{again} differs from {name}: with AlignIT all text encoders read the same.")
+                if again in values:
+                    values[again] = None  # as the first, which is put in the base's words
+            if listed:
+                values[name] = plain[0] if isinstance(told, str) else plain
+        holds = any(prompt.spans for prompt in placed["prompt"][0])
+        # FLUX asks for its negative prompt as for any other, behind the prompt
+        if placed["prompt"][0] and not holds and not (met and len(sides) == 1):
+            phrases = " or ".join(repr(concept.phrase) for concept in concepts)
+            warnings.warn(f"No concept in {values['prompt']!r}: expected {phrases}. The base draws it.", stacklevel=3)
+        met = met or holds
+        with _base_adapters(other, base_adapters):
+            encoded = list(encode_base(*given.args, **given.kwargs))
         images = values.get("num_images_per_prompt", 1)
-        pieces, end = [], 0
-        for text, own_prompts in zip(parts, placed, strict=True):
-            end = text.segment.start + text.window
-            piece = prompt_embeds[:, text.segment.start : end]
-            pieces.append(_placed(piece, own_prompts, images, text, None, strength))
-        return torch.cat([*pieces, prompt_embeds[:, end:]], dim=1), *rest
+        for i, name in enumerate(sides):
+            if encoded[i] is None:
+                continue
+            pieces, end = [], 0
+            for text, prompts in zip(parts, placed[name], strict=True):
+                end = text.segment.start + text.window
+                rows = encoded[i][:, text.segment.start : end]
+                pieces.append(_placed(rows, prompts, images, text, None, strength))
+            encoded[i] = torch.cat([*pieces, encoded[i][:, end:]], dim=1)
+        return tuple(encoded)
 
     pipe.encode_prompt = encode_prompt
     try:
@@ -707,20 +729,57 @@ def _refuse_merged(pipe: Any) -> None:
 
 
 def _check_customised(
-    pipe: Any, concepts: Sequence[Concept], tokenizers: Sequence[Any], base_adapters: Sequence[str] = ()
+    concepts: Sequence[Concept],
+    encoders: Sequence[nn.Module],
+    tokenizers: Sequence[Any],
+    base_adapters: Sequence[str],
+    where: str = "this pipeline",
 ) -> None:
-    """ValueError for a phrase that is nothing but plain words, in a pipeline that nobody customised."""
-    transformer = getattr(pipe, "transformer", None)
-    modules = [*_text_encoders(pipe), *([] if transformer is None else [transformer])]
-    layers = [layer for module in modules for layer in _adapters(module)]
-    adapted = any(set(layer.active_adapters) - set(base_adapters) for layer in layers)
+    """ValueError for a phrase that is nothing but plain words to text encoders that nobody customised."""
+    adapted = any(_active_adapters(encoder, base_adapters) for encoder in encoders)
     for concept in concepts:
         known = [token for t in tokenizers for token in t.get_added_vocab() if token in concept.phrase]
         if not (adapted or known or concept.learned is not None or concept.values_from):
             raise ValueError(
-                f"Nothing in this pipeline is customised for {concept.phrase!r}: expected a token of Textual "
-                "Inversion, a LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
+                f"Nothing in {where} is customised for {concept.phrase!r}: expected a token of Textual Inversion, a "
+                "LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
             )
+
+
+def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], base_adapters: Sequence[str]) -> None:
+    """ValueError for a customiser that the rows which enter the transformer cannot carry."""
+    pipes = (pipe, own, other)
+    for one in pipes:
+        _segments(one, 1)
+        _refuse_merged(one)
+    learned = next((concept for concept in concepts if concept.learned is not None), None)
+    if learned is not None:
+        raise ValueError(
+            f"{learned.phrase!r} was learnt for layers of a U-Net, or loaded by alignkit.concepts, which knows no T5. "
+            "mode input takes tokens that the pipeline's own text encoders read (pipe.load_textual_inversion)."
+        )
+    if any(concept.values_from is not None for concept in concepts):
+        raise ValueError("values_from: a row that enters the transformer becomes key and value; there are no two.")
+    if any(one.transformer is not pipe.transformer for one in pipes):
+        raise ValueError(
+            "base or custom has another transformer, which works on all rows in all blocks: rows that enter it cannot "
+            "carry what was learnt there. Where only text encoders were customised, load them around this one: "
+            "from_pretrained(..., transformer=pipe.transformer)."
+        )
+    lora = _active_adapters(pipe.transformer, base_adapters)
+    if lora:
+        raise ValueError(
+            f"The LoRA {lora[0]!r} changes the transformer, which works on all rows in all blocks: rows that enter it "
+            "cannot carry that. Name it in base_adapters if it belongs to the base, as a style does, or switch it off: "
+            "pipe.transformer.disable_lora()."
+        )
+    segments = _segments(other, 1)
+    encoders = [[encoder for segment in segments for encoder in segment.encoders(one)] for one in (own, other)]
+    if all(a is b for a, b in zip(*encoders, strict=True)):
+        tokenizers = [tokenizer for segment in segments for tokenizer in segment.of(own)]
+        names = " and ".join(n.replace("tokenizer", "text_encoder") for segment in segments for n in segment.tokenizers)
+        where = f"the text encoders whose rows enter the transformer ({names})"
+        _check_customised(concepts, encoders[0], tokenizers, base_adapters, where)
 
 
 def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
@@ -749,6 +808,12 @@ def _text_encoders(pipe: Any) -> list[nn.Module]:
 def _adapters(module: nn.Module) -> list[nn.Module]:
     """Layers with a LoRA of peft."""
     return [m for m in module.modules() if hasattr(m, "base_layer") and hasattr(m, "enable_adapters")]
+
+
+def _active_adapters(module: nn.Module, base_adapters: Sequence[str]) -> list[str]:
+    """Names of a customiser's LoRAs that are at work in a module."""
+    layers = [layer for layer in _adapters(module) if not layer.disable_adapters]
+    return sorted({name for layer in layers for name in layer.active_adapters} - set(base_adapters))
 
 
 @contextmanager

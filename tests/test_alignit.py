@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -634,51 +635,182 @@ def test_step_cache(inversion):
         pass
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_joint_attention_exchanges_the_rows_that_enter(name, tmp_path):
-    """Of CLIP and of T5, the concept's rows are the customised encoders' for the dummy prompt, others the base's."""
-    base = load_base(thin(name, tmp_path), random_init=True, shrink=40).pipeline()
+@pytest.fixture(params=["sd3", "flux"])
+def joint(request, tmp_path):
+    """(base, custom) of two joint blocks: other text encoders around one transformer."""
+    base = load_base(thin(request.param, tmp_path, num_layers=2), random_init=True, shrink=40).pipeline()
     base.set_progress_bar_config(disable=True)
     parts = {n: copy.deepcopy(part) if n.startswith("text_encoder") else part for n, part in base.components.items()}
     custom = type(base)(**{n: parts[n] for n in inspect.signature(type(base).__init__).parameters if n in parts})
-    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        if part in parts:
-            shake(parts[part].parameters(), 0.5)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if name in parts:
+            shake(parts[name].parameters(), 0.5)
+    return base, custom
 
-    def encode(pipe, prompt):
-        more = {"prompt_3": None, "do_classifier_free_guidance": False} if name == "sd3" else {}
-        embeds = pipe.encode_prompt(prompt, prompt_2=None, device="cpu", max_sequence_length=24, **more)
-        return embeds[0], embeds[2 if name == "sd3" else 1]
 
-    def word(tokenizer, text, number):
-        return [row for row, of in enumerate(tokenizer(text).word_ids()) if of == number]
+def encode(pipe, prompt: str) -> tuple[Tensor, Tensor]:
+    """Rows and pooled embedding, with 24 rows of T5."""
+    is_sd3 = hasattr(pipe, "text_encoder_3")
+    more = {"prompt_3": None, "do_classifier_free_guidance": False} if is_sd3 else {}
+    embeds = pipe.encode_prompt(prompt, prompt_2=None, device="cpu", max_sequence_length=24, **more)
+    return embeds[0], embeds[2 if is_sd3 else 1]
 
-    with alignit(base, [Concept("x", "y")], custom=custom, mode="input"):
-        embeds, pooled = encode(base, "a x on it")
-        drawn = base("a x on it", num_inference_steps=1, height=32, width=32, max_sequence_length=24, output_type="np")
-    assert "encode_prompt" not in vars(base) and drawn.images.shape == (1, 32, 32, 3)
+
+def word_rows(pipe, prompt: str, number: int) -> list[int]:
+    """Rows of a prompt's word, by the tokenizers' own account of words."""
+    segments = [(pipe.tokenizer_2, 0)]
+    if hasattr(pipe, "tokenizer_3"):
+        segments = [(pipe.tokenizer, 0), (pipe.tokenizer_3, pipe.tokenizer_max_length)]
+    return [
+        start + row
+        for tokenizer, start in segments
+        for row, of in enumerate(tokenizer(prompt).word_ids())
+        if of == number
+    ]
+
+
+JOINT_STEP = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 24, "output_type": "latent"}
+
+
+def drawn_jointly(pipe, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents, and the prompt's text as it enters the transformer, its first block and its second."""
+    seen, network = {}, pipe.transformer
+    watched = {"transformer": network, "first": network.transformer_blocks[0], "second": network.transformer_blocks[1]}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, given, name=name: seen.__setitem__(name, given["encoder_hidden_states"][-1].clone()),
+            with_kwargs=True,
+        )
+        for name, module in watched.items()
+    ]
+    latents = pipe(prompt, generator=torch.Generator().manual_seed(0), **JOINT_STEP).images
+    for handle in handles:
+        handle.remove()
+    return latents, seen
+
+
+def test_joint_attention_exchanges_the_rows_that_enter(joint):
+    """Of CLIP and of T5, the concept's rows are the customised encoders' for the dummy prompt, others the base's."""
+    base, custom = joint
     expected, expected_pooled = encode(base, "a y on it")
     dummy, _ = encode(custom, "a photo of x")
-    start = 0
-    segments = {"sd3": (("tokenizer", base.tokenizer_max_length), ("tokenizer_3", 24)), "flux": (("tokenizer_2", 24),)}
-    for tokenizer, window in segments[name]:
-        rows, own = word(getattr(base, tokenizer), "a y on it", 1), word(getattr(base, tokenizer), "a photo of x", 3)
-        assert rows and len(rows) == len(own)
-        assert not torch.equal(expected[:, [start + i for i in rows]], dummy[:, [start + i for i in own]])
-        expected[:, [start + i for i in rows]] = dummy[:, [start + i for i in own]]
-        start += window
+    rows, own = word_rows(base, "a y on it", 1), word_rows(base, "a photo of x", 3)
+    assert rows and len(rows) == len(own) and not torch.equal(expected[:, rows], dummy[:, own])
+    expected[:, rows] = dummy[:, own]
+    with alignit(base, [Concept("x", "y")], custom=custom, mode="input"):
+        embeds, pooled = encode(base, "a x on it")
     assert torch.equal(embeds, expected) and torch.equal(pooled, expected_pooled)
 
 
-def test_input_rows_are_for_joint_attention_alone(tmp_path):
+def test_joint_attention_keeps_other_rows_up_to_the_first_block(joint):
+    base, custom = joint
+    plain, of_base = drawn_jointly(base, "a y on it")
+    with pytest.warns(UserWarning, match="from the second block on"):
+        block = alignit(base, [Concept("x", "y")], custom=custom, mode="input")
+        block.__enter__()
+    latents, seen = drawn_jointly(base, "a x on it")
+    block.__exit__(None, None, None)
+    rows = word_rows(base, "a y on it", 1)
+    others = [row for row in range(len(seen["transformer"])) if row not in rows]
+    for place in ("transformer", "first"):
+        assert torch.equal(seen[place][others], of_base[place][others])
+        assert not torch.equal(seen[place][rows], of_base[place][rows])
+    assert (seen["second"][others] != of_base["second"][others]).any(dim=1).all()  # as the docs say: none is kept
+    assert latents.isfinite().all() and not torch.equal(latents, plain)
+
+
+def test_joint_attention_without_a_concept_and_behind_an_exception(joint):
+    base, custom = joint
+    expected, before = encode(base, "a y on it"), [drawn_jointly(pipe, "a y on it")[0] for pipe in joint]
+    weights = {name: p.clone() for name, p in base.text_encoder_2.named_parameters()}
+    with pytest.raises(KeyError), alignit(base, [Concept("x", "y")], custom=custom, mode="input"):
+        with pytest.warns(UserWarning, match="No concept in 'a y on it': expected 'x'"):
+            assert all(map(torch.equal, encode(base, "a y on it"), expected))
+        with pytest.raises(ValueError, match="Prompt too long"):
+            encode(base, "very " * 90 + "x")
+        encode(base, "a x on it")
+        raise KeyError
+    assert "encode_prompt" not in vars(base) and "encode_prompt" not in vars(custom)
+    assert all(torch.equal(p, weights[name]) for name, p in base.text_encoder_2.named_parameters())
+    assert all(map(torch.equal, [drawn_jointly(pipe, "a y on it")[0] for pipe in joint], before))
+
+
+def test_textual_inversion_of_t5(tmp_path):
+    """Two vectors in FLUX's T5 stand where one noun stood; CLIP's, of the pooled embedding alone, cannot come in."""
+    pipe = load_base(thin("flux", tmp_path), random_init=True, shrink=40).pipeline()
+    expected, pooled = encode(pipe, "a y on it")
+    pipe.load_textual_inversion({"<c>": torch.randn(pipe.text_encoder.config.hidden_size)})
+    with pytest.raises(ValueError, match=r"whose rows enter the transformer \(text_encoder_2\)"):
+        alignit(pipe, [Concept("<c>", "y")], mode="input").__enter__()
+    vectors = torch.randn(2, pipe.text_encoder_2.config.d_model)
+    pipe.load_textual_inversion({"<t>": vectors}, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    dummy, _ = encode(pipe, "a photo of <t>")
+    tokens = pipe.tokenizer_2.convert_ids_to_tokens(pipe.tokenizer_2("a photo of <t> <t>_1").input_ids)
+    own = [tokens.index("<t>"), tokens.index("<t>_1")]
+    with alignit(pipe, [Concept("<t>", "y")], mode="input"):
+        embeds, own_pooled = encode(pipe, "a <t> on it")
+    rows = word_rows(pipe, "a y on it", 1)
+    start, stop = rows[0], rows[-1] + 1
+    whole = torch.cat([expected[:, :start], dummy[:, own], expected[:, stop:], expected[:, -1:]], dim=1)
+    assert torch.equal(embeds, whole[:, :24]) and torch.equal(own_pooled, pooled)
+
+
+def test_lora_and_joint_attention(tmp_path):
+    """One of SD3's CLIP comes in with its rows; one of the transformer cannot, unless it is the base's own."""
+    pipe = load_base(thin("sd3", tmp_path), random_init=True, shrink=40).pipeline()
+    expected, _ = encode(pipe, "a y on it")
+
+    def add(module, name: str) -> None:
+        torch.manual_seed(0)
+        module.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "to_q"]), adapter_name=name)
+        shake(p for n, p in module.named_parameters() if name in n)
+        module.requires_grad_(False)
+
+    add(pipe.text_encoder, "thing")
+    dummy, _ = encode(pipe, "a photo of x")
+    rows, own = word_rows(pipe, "a y on it", 1), word_rows(pipe, "a photo of x", 3)
+    expected[:, rows] = dummy[:, own]
+    with alignit(pipe, [Concept("x", "y")], mode="input"):
+        assert torch.equal(encode(pipe, "a x on it")[0], expected)
+    add(pipe.transformer, "style")
+    with pytest.raises(ValueError, match="The LoRA 'style' changes the transformer"):
+        alignit(pipe, [Concept("x", "y")], mode="input").__enter__()
+    with alignit(pipe, [Concept("x", "y")], mode="input", base_adapters=["style"]):
+        assert torch.equal(encode(pipe, "a x on it")[0], expected)
+    with pytest.raises(ValueError, match="Nothing in the text encoders"):
+        alignit(pipe, [Concept("x", "y")], mode="input", base_adapters=["style", "thing"]).__enter__()
+    pipe.transformer.disable_adapters()
+    with alignit(pipe, [Concept("x", "y")], mode="input"):
+        assert torch.equal(encode(pipe, "a x on it")[0], expected)
+
+
+def test_what_input_rows_cannot_carry(joint, tmp_path):
+    base, custom = joint
     pipe = load_base("sd15", random_init=True, shrink=40).pipeline()
-    with pytest.raises(ValueError, match="SD3 and FLUX"), alignit(pipe, [Concept("x", "y")], mode="input"):
-        pass
-    flux = load_base(thin("flux", tmp_path), random_init=True, shrink=40).pipeline()
-    with pytest.raises(ValueError, match="no infuse"), alignit(flux, [Concept("x", "y")], mode="input", infuse="keys"):
-        pass
-    with pytest.raises(ValueError, match="Nothing in this pipeline"), alignit(flux, [Concept("x", "y")], mode="input"):
-        pass
+    learned = concepts.create("neti", pipe, "<t>", "dog")
+    other = copy.copy(base)
+    other.transformer = copy.deepcopy(base.transformer)
+    for target, concept, settings, message in [
+        (pipe, Concept("x", "y"), {}, "SD3 and FLUX"),
+        (base, Concept("x", "y"), {"infuse": "keys"}, "no infuse"),
+        (base, Concept("x", "y"), {}, "Nothing in the text encoders whose rows"),
+        (base, Concept("x", "y"), {"custom": base}, "Nothing in the text encoders whose rows"),
+        (base, Concept("<t>", "dog", learned=learned), {"custom": custom}, "knows no T5"),
+        (base, Concept("x", "y", values_from="z"), {"custom": custom}, "there are no two"),
+        (base, Concept("x", "y"), {"custom": other}, "another transformer"),
+    ]:
+        with pytest.raises(ValueError, match=message), alignit(target, [concept], mode="input", **settings):
+            pass
+
+
+def test_negative_prompts_of_joint_attention(joint):
+    """As any prompt: the concept's rows where it is named, and no word of warning where FLUX asks for it alone."""
+    base, custom = joint
+    guided = {"negative_prompt": "a z", **({} if hasattr(base, "text_encoder_3") else {"true_cfg_scale": 2.0})}
+    with alignit(base, [Concept("x", "y")], custom=custom, mode="input"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latents = base("a x on it", **guided, **JOINT_STEP).images
+    assert latents.isfinite().all()
 
 
 def test_joint_attention():
