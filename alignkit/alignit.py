@@ -358,7 +358,7 @@ class _Text:
         learned = {concept.phrase: concept.learned for _, _, concept in self.find(span.text)}
         tokens = [tokenize(tower, span.text, learned) for tower in own]
         first = tokens[0].spans[span.index][1]
-        time = torch.tensor([float(timestep)], device=self.custom.unet.device)
+        time = torch.tensor([float(timestep)], device=self.custom._execution_device)
         clip_skip = extra.get("clip_skip") or 0
         keys, values = encode_contexts(own, [tokens], learned, time, self.num_layers, self.truncation, clip_skip)
         rows = slice(first, first + span.concept.learned.module.num_vectors)
@@ -369,7 +369,8 @@ def _on_device(concept: Concept, pipe: Any) -> Concept:
     """With a copy of what was learnt, since the caller's stays where it is."""
     if concept.learned is None:
         return concept
-    module = copy.deepcopy(concept.learned.module).to(pipe.unet.device).eval()
+    # not the U-Net's device, which means nothing while it is offloaded
+    module = copy.deepcopy(concept.learned.module).to(pipe._execution_device).eval()
     return replace(concept, learned=replace(concept.learned, module=module))
 
 

@@ -50,6 +50,8 @@ def generate(
     refine: str | None = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    offload: Literal["none", "model", "sequential"] = "none",
+    vae_tiling: bool = False,
     output_dir: str = "outputs",
 ) -> list[Path]:
     """Draw images; each PNG carries the settings that draw it again (`alignkit.pictures.read_settings`).
@@ -80,6 +82,9 @@ def generate(
         refine: Text-generation model, a folder or Hub name, that rewrites the prompt first.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the model.
+        offload: Keep the model in the CPU's memory and bring to the GPU one part at a time (model), or layer by layer
+            (sequential: least memory, much slower).
+        vae_tiling: Decode a large picture tile by tile, which takes less memory; it may differ at the seams.
         output_dir: Where the PNG files go.
     """
     import torch
@@ -102,13 +107,22 @@ def generate(
     settings = {name: value for name, value in locals().items() if name in inspect.signature(generate).parameters}
     del settings["output_dir"], settings["num_images_per_prompt"], settings["refine"]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    base = load_base(model, device=device, dtype=getattr(torch, dtype))
+    if offload != "none" and (torch.device(device).type == "cpu" or not torch.accelerator.is_available()):
+        raise ValueError(
+            f"offload needs a GPU, to which it brings the model's parts from the CPU's memory; here it is drawn on "
+            f"{device}{'' if torch.accelerator.is_available() else ', and there is no GPU'}. Leave offload at none."
+        )
+    base = load_base(model, device=device if offload == "none" else "cpu", dtype=getattr(torch, dtype))
     height, width = base.image_size(height, width)
     loras = _named_loras(lora)
     picture = None if control_image is None else Image.open(control_image).convert("RGB")
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     composed = compose(pipe, loras=loras, controlnet=controlnet, concepts=list(concept), alignit=alignit)
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    if offload != "none":
+        composed.offload(offload, device)
     judge = build_reward(reward) if reward else None
     folders = [Path(resolve(p), part) for p in (controlnet, *concept) if p for part in ("", "unet", "text_encoder")]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]

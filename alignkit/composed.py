@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ControlNetModel
@@ -210,6 +210,27 @@ class Composed:
         self.__init__(base)
         return base
 
+    def offload(self, how: Literal["model", "sequential"], device: str | torch.device) -> None:
+        """Keeps all parts in the CPU's memory, from where they visit `device` while they are at work.
+
+        how: model, one part at a time, as a whole; sequential, layer by layer, which takes least memory and most time.
+
+        As diffusers' enable_model_cpu_offload and enable_sequential_cpu_offload. A judge of `reward` takes no part.
+        Raises ValueError for parts that do not come along.
+        """
+        if self._customizer is not None and self._customizer.base is not None:
+            raise ValueError(
+                f"offload: {self._customizer.concept.phrase!r} is DreamBooth's, a second network beside the base's, "
+                "and only one of them would be brought to the device. Draw it without, or from a LoRA."
+            )
+        if how == "sequential" and self._processors is not None:
+            raise ValueError(
+                f"offload: Custom Diffusion's weights of {self._customizer.concept.phrase!r} are put into the network "
+                "for each call, where sequential offloading does not find them. Take model."
+            )
+        enable = {"model": self.pipe.enable_model_cpu_offload, "sequential": self.pipe.enable_sequential_cpu_offload}
+        enable[how](device=device)
+
     def follow(self, components: Mapping[str, Any], progress_bar_config: Mapping[str, Any]) -> None:
         """Takes over what was replaced in the pipeline that it draws for: a scheduler, a VAE, a compiled U-Net."""
         for pipe in {id(pipe): pipe for pipe in (self.pipe, self.base)}.values():
@@ -314,6 +335,8 @@ class Composed:
             raise ValueError(f"truncation: there is no concept to truncate, got {truncation}.")
         with ExitStack() as stack:
             stack.enter_context(self._weights(scales))
+            # an offloaded pipeline that is left by an exception has parts on the device, and some of `_weights` are not
+            stack.callback(self.pipe.maybe_free_model_hooks)
             if alignit:
                 settings = next((dict(s) for s in (alignit, self.alignit) if isinstance(s, Mapping)), {})
                 base = None if self._customizer is None else self._customizer.base

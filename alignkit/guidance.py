@@ -237,6 +237,11 @@ class RewardSearch:
         if self.ascent.steps or self.scale:
             if getattr(pipe, "unet", None) is None:
                 raise ValueError(f"Gradients of rewards: expected SD 1.x, SD 2.x or SDXL, got a {type(pipe).__name__}.")
+            if any(hasattr(part, "_hf_hook") for part in pipe.components.values()):
+                raise ValueError(
+                    "Gradients of rewards go backwards through U-Net and VAE, which are not both on the device when "
+                    "they are offloaded: draw without offloading, or use the reward with best_of alone."
+                )
             for term in getattr(reward, "rewards", [reward]):
                 if not term.differentiable:
                     raise ValueError(f"{type(term).__name__} has no gradient to follow: use it with best_of alone.")

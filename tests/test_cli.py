@@ -9,6 +9,7 @@ from PIL import Image
 
 from alignkit import artifacts, cli, concepts
 from alignkit.base import add_lora, load_base
+from alignkit.composed import Composed
 from alignkit.controlnet import new_controlnet
 from alignkit.pictures import read_record, read_settings
 
@@ -102,6 +103,22 @@ def test_an_image_does_not_depend_on_how_many_were_asked_for(model):
     assert not np.array_equal(many[3], many[4])
 
 
+def test_offload_and_tiling(model, monkeypatch):
+    """The parts stay on the CPU, and visit what --device says; here that is the CPU again."""
+    done, offload = [], Composed.offload
+
+    def to_the_cpu(composed, how, device):
+        done.append((how, device, composed.pipe.vae.use_tiling, composed.pipe.unet.device.type))
+        offload(composed, how, "cpu")
+
+    plain = generate(model)[0]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(Composed, "offload", to_the_cpu)
+    options = ["--offload", "model", "--vae_tiling", "true", "--device", "cuda"]
+    assert np.array_equal(generate(model, *options)[0], plain)  # of one tile
+    assert done == [("model", "cuda", True, "cpu")]
+
+
 def test_a_mixture_draws_what_its_loras_draw_together(model, tmp_path):
     """To the 8 bits of a picture, give or take the rounding of another order of sums."""
     loras = ["--lora", f"{model}/lora1=0.1", "--lora", f"{model}/lora2=-0.05"]
@@ -144,6 +161,12 @@ def test_equals_sign_in_a_path(tmp_path):
         (["generate", "--prompt", "a", "--seed", "one"], 2, "seed"),
         (["generate", "--prompt", "a", "--model", "nowhere"], "No base model 'nowhere'", ""),
         (["generate", "--prompt", "a", "--num_images_per_prompt", "0"], "at least 1, got 25 and 0", ""),
+        (
+            ["generate", "--prompt", "a", "--model", "nowhere", "--device", "cpu", "--offload", "model"],
+            "offload needs a GPU",
+            "",
+        ),
+        (["generate", "--prompt", "a", "--offload", "disk"], 2, "offload"),
         (["nothing"], 2, "nothing"),
     ],
 )

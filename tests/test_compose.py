@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload
 from diffusers import (
     ControlNetModel,
     EulerDiscreteScheduler,
@@ -345,6 +347,96 @@ def test_it_leaves_no_trace(kind, new_pipe, model):
     assert now.keys() == weights.keys() and all(torch.equal(now[name], p) for name, p in weights.items())
     assert pipe.text_encoder.get_input_embeddings().num_embeddings == len(pipe.tokenizer)
     alignkit.compose(pipe, concepts=[model / kind])
+
+
+# Offloading, as far as it shows without a GPU: the hooks are there and move weights, from the CPU to the CPU
+
+
+@pytest.fixture
+def whereabouts(monkeypatch):
+    """`watch(pipe)`: from then on, a layer that works while its part is away, with model offloading, is an error."""
+    present, original = set(), {name: getattr(CpuOffload, name) for name in ("pre_forward", "init_hook")}
+
+    def arrive(hook, module, *args, **kwargs):
+        answer = original["pre_forward"](hook, module, *args, **kwargs)
+        present.add(module)
+        return answer
+
+    def leave(hook, module):
+        present.discard(module)
+        return original["init_hook"](hook, module)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", arrive)
+    monkeypatch.setattr(CpuOffload, "init_hook", leave)
+
+    def watch(pipe) -> set:
+        def check(part: nn.Module, name: str):
+            def hook(layer, args) -> None:
+                assert part in present, f"{type(layer).__name__} of {name} works while it is away"
+
+            return hook
+
+        for name, part in pipe.components.items():
+            for layer in part.modules() if isinstance(part, nn.Module) else ():
+                own = layer is not part and next(layer.parameters(recurse=False), None) is not None
+                if own and not isinstance(layer, nn.Embedding):  # that is asked for a row where it is
+                    layer.register_forward_pre_hook(check(part, name))
+        return present
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("kind", "alignit"), [("neti", False), *((kind, True) for kind in PHRASES if kind != "dreambooth")]
+)
+def test_model_offload(kind, alignit, new_pipe, model, whereabouts):
+    parts = {"concepts": [model / kind], "loras": {"style": model / "style"}, "controlnet": model / "controlnet"}
+    call = {"prompt": f"a {PHRASES[kind]} and a hat", "control_image": control(), "alignit": alignit, "seed": 0} | STEPS
+    expected = alignkit.compose(new_pipe(), **parts)(**call).images
+    composed = alignkit.compose(new_pipe(), **parts)
+    composed.offload("model", "cpu")
+    present = whereabouts(composed.pipe)
+    for _ in range(2):
+        assert torch.equal(composed(**call).images, expected)
+        assert not present  # all went back
+    with pytest.raises(ValueError, match="stopped"):
+        composed(**call, callback_on_step_end=_stop)
+    assert not present
+
+
+def _stop(pipe, step, timestep, tensors):
+    raise ValueError("stopped")
+
+
+@pytest.mark.parametrize(("kind", "alignit"), [("neti", False), ("neti", True), ("lora", True)])
+def test_sequential_offload(kind, alignit, new_pipe, model, monkeypatch):
+    # diffusers says "cpu:0", by which accelerate takes the weights that came for those that stayed
+    monkeypatch.setattr("accelerate.cpu_offload", lambda part, _, **options: cpu_offload(part, "cpu", **options))
+    parts = {"concepts": [model / kind], "loras": {"style": model / "style"}, "controlnet": model / "controlnet"}
+    call = {"prompt": f"a {PHRASES[kind]} and a hat", "control_image": control(), "alignit": alignit, "seed": 0} | STEPS
+    expected = alignkit.compose(new_pipe(), **parts)(**call).images
+    composed = alignkit.compose(new_pipe(), **parts)
+    composed.offload("sequential", "cpu")
+    assert all(p.is_meta for p in composed.pipe.unet.parameters())
+    assert torch.equal(composed(**call).images, expected)
+
+
+def test_offload_and_rewards(new_pipe):
+    call = {"prompt": "a dog", "seed": 0, "reward": Red(), "best_of": 2} | STEPS | {"output_type": "pt"}
+    expected = alignkit.compose(new_pipe())(**call).images
+    composed = alignkit.compose(new_pipe())
+    composed.offload("model", "cpu")
+    assert torch.equal(composed(**call).images, expected)
+    for way in ({"ascent": 1}, {"reward_scale": 0.1}):
+        with pytest.raises(ValueError, match="draw without offloading"):
+            composed(**call | {"best_of": 1} | way)
+
+
+def test_parts_that_cannot_be_offloaded(new_pipe, model):
+    with pytest.raises(ValueError, match="a second network beside the base's"):
+        alignkit.compose(new_pipe(), concepts=[model / "dreambooth"]).offload("model", "cpu")
+    with pytest.raises(ValueError, match="Take model"):
+        alignkit.compose(new_pipe(), concepts=[model / "custom_diffusion"]).offload("sequential", "cpu")
 
 
 def test_a_failed_compose_leaves_no_trace(new_pipe, model):
