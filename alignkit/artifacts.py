@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -341,11 +342,24 @@ def _network_name(network: nn.Module) -> str:
     return "transformer" if "Transformer" in type(network).__name__ else "unet"
 
 
-def read_pretrained(cls: Any, path: str | os.PathLike, **options: Any) -> Any:
-    """`cls.from_pretrained(path, **options)` of transformers, from safetensors, which have all of the model's weights.
+# Weights of transformers' classes that no output depends on, so that checkpoints may lack them: what training counts,
+# what is added to its loss, what stands for hidden patches in pretraining, and what the first of the layers that join
+# feature maps would do to a map before it (published weights of DPT have no such thing).
+UNUSED = (
+    r"\.num_batches_tracked$",
+    r"^auxiliary_head\.",
+    r"^criterion\.empty_weight$",
+    r"\.mask_token$",
+    r"^neck\.fusion_stage\.layers\.0\.residual_layer1\.",
+)
+
+
+def read_pretrained(cls: Any, path: str | os.PathLike, unused: Sequence[str] = (), **options: Any) -> Any:
+    """`cls.from_pretrained(path, **options)` of transformers or diffusers, from safetensors that have all weights.
 
     transformers fills what is missing with random numbers, and only warns. ValueError where it would, or where a shape
-    is not the config's; it names the weight.
+    is not the config's; it names the weight. What the file has beside the model's weights does not matter: it may be of
+    a whole of which the model is a part. `unused`: patterns of weights that the caller has no use of.
     """
     model, info = cls.from_pretrained(
         path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -354,8 +368,9 @@ def read_pretrained(cls: Any, path: str | os.PathLike, **options: Any) -> Any:
     if info["mismatched_keys"]:
         key, got, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{where} does not fit its config.json: expected {key} of {list(expected)}, got {list(got)}")
-    if info["missing_keys"]:
-        raise ValueError(f"{where} is incomplete, it lacks {_some(sorted(info['missing_keys']))}")
+    missing = [key for key in info["missing_keys"] if not any(re.search(p, key) for p in (*UNUSED, *unused))]
+    if missing:
+        raise ValueError(f"{where} is incomplete, it lacks {_some(sorted(missing))}")
     return model
 
 

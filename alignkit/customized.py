@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
-from alignkit.artifacts import LORA_WEIGHTS, PEFT_WEIGHTS, load_json, load_lora, load_tensors, save_json, save_tensors
+from alignkit.artifacts import (
+    LORA_WEIGHTS,
+    PEFT_WEIGHTS,
+    load_json,
+    load_lora,
+    load_tensors,
+    read_pretrained,
+    save_json,
+    save_tensors,
+)
 from alignkit.emoji import resolve
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
@@ -241,7 +250,7 @@ def _dreambooth(pipe: Any, path: Path) -> Any:
     for name in ("unet", "text_encoder"):
         if (path / name).is_dir():
             dtype, device = parts[name].dtype, parts[name].device
-            own = type(parts[name]).from_pretrained(path, subfolder=name, dtype=dtype, use_safetensors=True)
+            own = read_pretrained(type(parts[name]), path, subfolder=name, dtype=dtype)
             parts[name] = own.to(device).eval().requires_grad_(False)
     settings = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     return type(pipe)(**parts, **settings)

@@ -171,9 +171,10 @@ def _dino(path: str):
     import torch
     from transformers import AutoModel
 
+    from alignkit.artifacts import read_pretrained
     from alignkit.rewards.clip import image_statistics, resize_and_crop
 
-    model = AutoModel.from_pretrained(path, use_safetensors=True).eval()
+    model = read_pretrained(AutoModel, path, unused=[r"^pooler\."]).eval()  # DINO's own weights have no pooler
     mean, std = image_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def embed(images):

@@ -20,9 +20,11 @@ def build_refiner(name: str | Refiner, instruction: str = INSTRUCTION, max_new_t
         return name
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from alignkit.artifacts import read_pretrained
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval()
+        model = read_pretrained(AutoModelForCausalLM, name).eval()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"refine: expected a function or a text-generation model, got {name!r}: {str(error).splitlines()[0]}"

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from alignkit.artifacts import LORA_WEIGHTS, load_json
+from alignkit.artifacts import LORA_WEIGHTS, load_json, read_pretrained
 from app import jobs, safety
 
 SETTINGS, CONTROL = "alignkit-page", "alignkit-control"  # text chunks of a PNG
@@ -177,7 +177,7 @@ class Models:
             where = self.safety_checker
             self._checker = (
                 CLIPImageProcessor.from_pretrained(where),
-                StableDiffusionSafetyChecker.from_pretrained(where, use_safetensors=True).eval(),
+                read_pretrained(StableDiffusionSafetyChecker, where).eval(),  # not one of random weights
             )
         processor, checker = self._checker
         pixels = processor(image, return_tensors="pt").pixel_values

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import AutoModelForDepthEstimation
 
+from alignkit.artifacts import read_pretrained
 from alignkit.conditions.condition import Condition, PerImage, gray, model_input
-from alignkit.conditions.models import LOADING, preprocessing
+from alignkit.conditions.models import preprocessing
 from alignkit.emoji import resolve
 from alignkit.rewards.reward import frozen
 
@@ -40,7 +41,7 @@ class Depth(Condition):
         if normalise not in ("max", "range"):
             raise ValueError(f"normalise: expected max or range, got {normalise!r}")
         path = resolve(model)
-        self.estimator = frozen(AutoModelForDepthEstimation.from_pretrained(path, **LOADING))
+        self.estimator = frozen(read_pretrained(AutoModelForDepthEstimation, path, dtype=torch.float32))
         self.input = preprocessing(path, resolution)
         self.normalise = normalise
 

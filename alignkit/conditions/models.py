@@ -1,6 +1,7 @@
 """How a transformers model wants its images, from its `preprocessor_config.json`, without its image processor.
 
-The processors go through numpy or uint8, which cuts the gradient.
+The processors go through numpy or uint8, which cuts the gradient. Models are read in float32: weights in half precision
+would round the gradient of every pixel.
 """
 
 from collections.abc import Callable
@@ -9,9 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from alignkit.rewards.clip import LOADING, image_statistics
-
-__all__ = ["LOADING", "preprocessing"]
+from alignkit.rewards.clip import image_statistics
 
 BILINEAR = 2  # of PIL's filters; all other models here use 3, bicubic
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

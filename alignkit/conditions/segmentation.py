@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
 
+from alignkit.artifacts import read_pretrained
 from alignkit.conditions.condition import Condition, model_input
-from alignkit.conditions.models import LOADING, preprocessing
+from alignkit.conditions.models import preprocessing
 from alignkit.emoji import resolve
 from alignkit.rewards.reward import frozen
 
@@ -49,7 +50,7 @@ class Segmentation(Condition):
         path = resolve(model)
         self.universal = AutoConfig.from_pretrained(path).model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if self.universal else AutoModelForSemanticSegmentation
-        self.segmenter = frozen(kind.from_pretrained(path, **LOADING))
+        self.segmenter = frozen(read_pretrained(kind, path, dtype=torch.float32))
         self.input = preprocessing(path, resolution)
         self.num_classes = self.segmenter.config.num_labels
         colors = distinct_colors(self.num_classes) if palette is None else read_palette(palette, self.num_classes)

@@ -20,9 +20,6 @@ from alignkit import plan
 from alignkit.artifacts import load_tensors, read_pretrained
 from alignkit.rewards.reward import frozen
 
-# Of what reads images. Weights in half precision would round the gradient of every pixel; a pickle may run code.
-LOADING = {"dtype": torch.float32, "use_safetensors": True}
-
 # In configs older than 2023 the end-of-text id is a wrong 2, which transformers reads as the highest id of the prompt.
 LEGACY_EOS_TOKEN_ID = 2
 
