@@ -256,6 +256,21 @@ def test_stop_saves_and_resumes_exactly(finished, tmp_path, number, capsys):
     assert_same(folder / "checkpoint-10", finished / "checkpoint-10")
 
 
+def test_a_loop_that_an_exception_leaves_gives_the_signals_back(tmp_path):
+    """At once, and not when the last traceback is forgotten: a notebook or a test keeps it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers, during = [signal.getsignal(number) for number in numbers], []
+
+    def body(run, step):
+        during.extend(signal.getsignal(number) for number in numbers)
+        raise KeyError(step)
+
+    with pytest.raises(KeyError) as kept:
+        train(toy_config(tmp_path), body=body)
+    assert kept.traceback and all(now is not before for now, before in zip(during, handlers, strict=True))
+    assert [signal.getsignal(number) for number in numbers] == handlers
+
+
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = Run(toy_config(tmp_path))
     run.prepare(params := toy_params())
