@@ -735,6 +735,7 @@ def _check_customised(
     tokenizers: Sequence[Any],
     base_adapters: Sequence[str],
     where: str = "this pipeline",
+    customisers: str = "a LoRA, Custom Diffusion's weights",
 ) -> None:
     """ValueError for a phrase that is nothing but plain words to text encoders that nobody customised."""
     adapted = any(_active_adapters(encoder, base_adapters) for encoder in encoders)
@@ -742,8 +743,8 @@ def _check_customised(
         known = [token for t in tokenizers for token in t.get_added_vocab() if token in concept.phrase]
         if not (adapted or known or concept.learned is not None or concept.values_from):
             raise ValueError(
-                f"Nothing in {where} is customised for {concept.phrase!r}: expected a token of Textual Inversion, a "
-                "LoRA, Custom Diffusion's weights, or another model as `base` or `custom`."
+                f"Nothing in {where} is customised for {concept.phrase!r}: expected a token of Textual Inversion, "
+                f"{customisers}, or another model as `base` or `custom`."
             )
 
 
@@ -760,7 +761,7 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
             "mode input takes tokens that the pipeline's own text encoders read (pipe.load_textual_inversion)."
         )
     if any(concept.values_from is not None for concept in concepts):
-        raise ValueError("values_from: a row that enters the transformer becomes key and value; there are no two.")
+        raise ValueError("values_from: mode input exchanges whole rows, of which keys and values are both made.")
     if any(one.transformer is not pipe.transformer for one in pipes):
         raise ValueError(
             "base or custom has another transformer, which works on all rows in all blocks: rows that enter it cannot "
@@ -780,7 +781,7 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
         tokenizers = [tokenizer for segment in segments for tokenizer in segment.of(own)]
         names = " and ".join(n.replace("tokenizer", "text_encoder") for segment in segments for n in segment.tokenizers)
         where = f"the text encoders whose rows enter the transformer ({names})"
-        _check_customised(concepts, encoders[0], tokenizers, base_adapters, where)
+        _check_customised(concepts, encoders[0], tokenizers, base_adapters, where, "a LoRA of them")
 
 
 def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:

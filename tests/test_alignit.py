@@ -796,7 +796,7 @@ def test_what_input_rows_cannot_carry(joint, tmp_path):
         (base, Concept("x", "y"), {}, "Nothing in the text encoders whose rows"),
         (base, Concept("x", "y"), {"custom": base}, "Nothing in the text encoders whose rows"),
         (base, Concept("<t>", "dog", learned=learned), {"custom": custom}, "knows no T5"),
-        (base, Concept("x", "y", values_from="z"), {"custom": custom}, "there are no two"),
+        (base, Concept("x", "y", values_from="z"), {"custom": custom}, "keys and values are both made"),
         (base, Concept("x", "y"), {"custom": other}, "another transformer"),
     ]:
         with pytest.raises(ValueError, match=message), alignit(target, [concept], mode="input", **settings):
