@@ -47,7 +47,8 @@ class Kind:
 
     `new(network, vae_scale_factor, **depths)` makes one whose residuals are zero. `residuals(controlnet, x_t, timestep,
     control, condition, conditioning_scale)` are what it adds, by the names of the network's arguments.
-    `depths(config)`: of how many blocks it may be made, by name: (diffusers' default, at most).
+    `depths(config)`: of how many blocks it may be made, by name: (diffusers' default, at most). `layout`: what of its
+    config has to be so; other published layouts have it otherwise.
     """
 
     model: type[ModelMixin]
@@ -55,9 +56,7 @@ class Kind:
     residuals: Callable[[nn.Module, Tensor, Tensor, Tensor, Condition, float], dict[str, Any]]
     shared: tuple[str, ...]  # of the config: what has to be the network's, for residuals to fit and to mean the same
     shows_latents: bool = False
-    layout: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the config: what other published layouts have otherwise
+    layout: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]] = lambda config: {}
 
 
@@ -320,9 +319,7 @@ def _sd3_residuals(
 ) -> dict[str, Any]:
     if controlnet.config.force_zeros_for_pooled_projection:
         condition = condition | {"pooled_projections": torch.zeros_like(condition["pooled_projections"])}
-    (blocks,) = controlnet(
-        x_t, control, scale, timestep=timestep.expand(len(x_t)), return_dict=False, **condition
-    )  # fmt: skip
+    (blocks,) = controlnet(x_t, control, scale, timestep=timestep.expand(len(x_t)), **condition, return_dict=False)
     return {"block_controlnet_hidden_states": blocks}
 
 

@@ -210,6 +210,7 @@ def controllability(
     }  # fmt: skip
     if base == "emoji":
         shared["world_hash"] = measure.world_hash()
+    loaded.denoiser(prompts[:1], negative_prompt, guidance_scale, *size)  # refuses settings that this base has not
     rows = []
     for name in ("real", *controlnet):
         if name == "real":

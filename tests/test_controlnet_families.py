@@ -1,11 +1,13 @@
 """ControlNets of SDXL, SD3 and FLUX on small random weights: what they learn by, and the stock pipelines' calls."""
 
 import inspect
+import json
 
 import pytest
 import torch
 from diffusers import FluxControlNetPipeline, StableDiffusion3ControlNetPipeline, StableDiffusionXLControlNetPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from torch import nn
 
 from alignkit import cli, evaluate
@@ -234,9 +236,15 @@ def test_the_commands_draw_with_it(bases, tmp_path, monkeypatch, name):
     monkeypatch.setattr("alignkit.base.load_base", lambda *args, **options: base)
     monkeypatch.setattr(base.pipe, "default_sample_size", 4)  # for 1024 pixels take minutes here
     pipe.image_processor.numpy_to_pil(torch.rand(1, 32, 32, 3).numpy())[0].save(tmp_path / "control.png")
-    options = {"control_image": str(tmp_path / "control.png"), "num_inference_steps": 1, "output_dir": str(tmp_path)}
-    one, two = (cli.generate("a cat", controlnet=net, model=name, **options)[0] for net in (folder, folder))
-    assert one.read_bytes() and two.is_file()
+    control, drawn = {"controlnet": folder, "control_image": str(tmp_path / "control.png")}, []
+    for options in (control, {}):
+        (path,) = cli.generate("a cat", model=name, num_inference_steps=1, output_dir=str(tmp_path), **options)
+        with Image.open(path) as image:
+            drawn.append(image.convert("RGB"))
+    assert drawn[0].size == (32, 32) and drawn[0].tobytes() != drawn[1].tobytes()
+    if name == "flux":
+        with pytest.raises(ValueError, match="reads no negative prompt"):
+            evaluate.controllability([folder], "lineart", number=1, base=name, negative_prompt="bad", device="cpu")
     rows = evaluate.controllability([folder], "lineart", number=2, num_inference_steps=1, base=name, device="cpu")
     assert [row["model"] for row in rows] == ["real", folder] and rows[1]["scheduler"] == "Euler"
 
@@ -255,10 +263,8 @@ def test_the_commands_draw_with_it(bases, tmp_path, monkeypatch, name):
 def test_what_does_not_fit_is_refused(bases, tmp_path, name, changes, message):
     base = bases(name)
     save_controlnet(tmp_path, new(base))
-    config = new(base).to_json_string()
-    import json
-
-    (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | changes))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
         load_controlnet(str(tmp_path), base.network, base.vae_scale_factor)
 

@@ -312,6 +312,7 @@ def test_both_stages_and_the_stock_pipelines_pixels(config, tmp_path, monkeypatc
     """One update without and one with a reward, a dropped prompt among them; then stock diffusers draws the same."""
     folder = thin(name, tmp_path / name, **BLOCKS.get(name, {}))
     fields = {"pretrained_model_name_or_path": folder, "shrink": 40, "resolution": 32, "prompt_dropout": 0.5}
+    fields["offload_text_encoders"] = name != "sdxl"
     out = train(config("run", **fields, max_train_steps=2, reward_start=1, reward_timesteps=ALL, learning_rate=0.1))
     first, second = scalars(out)
     assert "reward_loss" not in first and second["reward_loss"] > 0

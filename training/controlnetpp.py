@@ -25,9 +25,9 @@ Where the authors' code differs from the paper or has faults, this does:
 - z_0 is the mode of the VAE's posterior, not a draw, so that it can be cached; images are cropped, not squashed.
 - The clamp of decoded pixels to [0, 1] passes its gradient (alignkit/base.py).
 
-For SD 1.x, SD 2.x, SDXL, SD3 and FLUX.1; what differs between them stands in alignkit/controlnet.py. On the flow models
-the paper does not know, alpha_t = 1 - t/T and sigma_t = t/T; timesteps are logit-normal, and rewarded by their
-signal-to-noise ratio (`reward_min_snr`), since t = 200 hides less there than it does in SD.
+For SD 1.x, SD 2.x, SDXL, SD3 and FLUX.1; what differs between them stands in alignkit/controlnet.py. In the last two,
+flow models that the paper does not know, alpha_t = 1 - t/T and sigma_t = t/T, the network predicts e - x_0, timesteps
+are logit-normal, and t = 200 hides less than it does in SD: `reward_min_snr` says which are rewarded there.
 
     accelerate launch training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
     torchrun --nproc_per_node 2 training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
@@ -119,7 +119,8 @@ class Config(DiffusionConfig):
     condition_dropout: float = 0.0
     """Share of samples that see a black control; they have no reward."""
     cache: bool = free(False)
-    """Keep latents, targets and prompt embeddings of all images in memory after their first use; needs crop: center."""
+    """Keep latents, targets and prompt embeddings of all images in memory after their first use; needs crop: center.
+    A control's own latents, of SD3 and FLUX, are encoded anew."""
     gradient_checkpointing: bool = free(False)
     """Of ControlNet, frozen network and VAE decoder: less memory, each computed twice."""
     offload_text_encoders: bool = free(False)
