@@ -38,7 +38,7 @@ from alignkit.alignit import alignit as aligned
 from alignkit.base import Base, load_base
 from alignkit.concepts import Concepts
 from alignkit.concepts.text import substitute
-from alignkit.controlnet import check_fit, load_controlnet
+from alignkit.controlnet import check_fit, kind_of, load_controlnet
 from alignkit.guidance import Ascent, RewardSearch, Score, as_ascent, draw_best, generators
 from alignkit.refine import Refiner, build_refiner, refined
 from alignkit.rewards import RewardConfig, WeightedRewards, build_reward, combine
@@ -193,6 +193,7 @@ class Composed:
                 check_fit(net.config, unet, self.base.vae_scale_factor, "controlnet")
             return net
         network = getattr(self.base, "transformer", None) if unet is None else unet
+        kind_of(network)  # refuses a pipeline that is of no family here
         loaded = load_controlnet(str(net), network, self.base.vae_scale_factor).requires_grad_(False).eval()
         return loaded if network.dtype == loaded.dtype else loaded.to(network.dtype)
 

@@ -67,7 +67,10 @@ def kind_of(network: nn.Module) -> Kind:
         if isinstance(network, cls):
             return kind
     supported = ", ".join(cls.__name__ for cls in KINDS)
-    raise ValueError(f"There are ControlNets of {supported} here, none of a {type(network).__name__}.")
+    raise ValueError(
+        f"ControlNets stand beside {supported} here; this network is a {type(network).__name__}. To draw with one, "
+        "load it by its own class of diffusers."
+    )
 
 
 # Made and loaded

@@ -295,7 +295,7 @@ def test_a_file_or_another_network_is_refused(bases, tmp_path):
     weights = save_controlnet(tmp_path, new(base))
     with pytest.raises(ValueError, match="expected a folder in diffusers format, whose config.json says how many"):
         load_controlnet(str(weights), base.network, base.vae_scale_factor)
-    with pytest.raises(ValueError, match="here, none of a Linear"):
+    with pytest.raises(ValueError, match="this network is a Linear"):
         new_controlnet(nn.Linear(1, 1), 8)
 
 
