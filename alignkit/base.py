@@ -27,7 +27,7 @@ from alignkit.artifacts import load_tensors, read_pretrained
 from alignkit.families import FAMILIES, Condition, Family
 from alignkit.noise import NoiseSchedule
 from alignkit.random_init import ARCHITECTURES, random_pipeline
-from alignkit.sampling import Denoiser, guided
+from alignkit.sampling import Denoiser, Forward, guided
 
 KNOWN_PROMPTS = 1000  # that are kept, where text encoders are slow: 2 MB each of FLUX, in half precision
 
@@ -134,10 +134,19 @@ class Base:
         """Prompt embeddings [B, S, D], what the network's cross- or joint attention reads. Raises as `condition`."""
         return self.condition(prompts)["encoder_hidden_states"]
 
-    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The network's output [B, C, h, w], float32 in any precision of the network, as sampling wants it."""
+    def guidance(self, batch_size: int, guidance_scale: float) -> Condition:
+        """What a network that has learnt guidance, as FLUX.1-dev has, is told of its scale, [B]; nothing to others."""
+        if not self.network.config.get("guidance_embeds"):
+            return {}
+        return {"guidance": torch.full((batch_size,), float(guidance_scale), device=self.device)}
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, **residuals) -> torch.Tensor:
+        """The network's output [B, C, h, w], float32 in any precision of the network, as sampling wants it.
+
+        `residuals`: a ControlNet's, by the names of the network's arguments.
+        """
         dtype = condition["encoder_hidden_states"].dtype
-        return self.family.forward(self.network, x_t.to(dtype), timestep, condition).float()
+        return self.family.forward(self.network, x_t.to(dtype), timestep, condition, **residuals).float()
 
     def denoiser(
         self,
@@ -147,29 +156,30 @@ class Base:
         height: int | None = None,
         width: int | None = None,
         detach_uncond: bool = False,
+        forward: Forward | None = None,
     ) -> Denoiser:
         """The guided network for B prompts, as `sampling.sample` takes it.
 
-        FLUX.1-dev has learnt what guidance does and reads its scale: one pass, without a negative prompt.
+        FLUX.1-dev has learnt what guidance does and reads its scale: one pass, without a negative prompt. `forward`:
+        in the place of `Base.forward`, such as the network with a ControlNet beside it.
 
         Raises:
             ValueError: as `condition`; a negative prompt, or guidance, for a model that has no use of it.
         """
-        condition = self.condition(prompts, height, width)
+        forward, condition = forward or self.forward, self.condition(prompts, height, width)
         if self.family.classifier_free:
             negative = self.condition([negative_prompt] * len(prompts), height, width, negative=True)
-            return guided(self.forward, condition, negative, guidance_scale, detach_uncond)
+            return guided(forward, condition, negative, guidance_scale, detach_uncond)
         if negative_prompt:
             raise ValueError(f"{self.name} reads no negative prompt, got {negative_prompt!r}: leave it empty.")
         if detach_uncond:
             raise ValueError(f"{self.name} has no unconditional pass to detach: set detach_uncond to false.")
-        if self.network.config.guidance_embeds:
-            condition["guidance"] = torch.full((len(prompts),), float(guidance_scale), device=self.device)
-        elif guidance_scale > 1:
+        guidance = self.guidance(len(prompts), guidance_scale)
+        if not guidance and guidance_scale > 1:
             raise ValueError(
                 f"{self.name} is distilled without guidance: set guidance_scale to 1, got {guidance_scale}."
             )
-        return guided(self.forward, condition, None, 1.0)
+        return guided(forward, condition | guidance, None, 1.0)
 
     def timesteps(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """[N], descending, on the network's device: the stock pipeline's for an image of this size."""
@@ -191,6 +201,12 @@ class Base:
     def vae_scale_factor(self) -> int:
         """Pixels per latent, along a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """Image sides that are multiples of it fit all levels of the network, without a remainder."""
+        levels = len(self.network.config.get("block_out_channels", (None,)))  # a transformer has one
+        return self.vae_scale_factor * self.family.latent_multiple * 2 ** (levels - 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a height x width image; the size the model was trained at unless told."""

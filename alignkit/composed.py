@@ -38,7 +38,7 @@ from alignkit.alignit import alignit as aligned
 from alignkit.base import Base, load_base
 from alignkit.concepts import Concepts
 from alignkit.concepts.text import substitute
-from alignkit.controlnet import check_fit, load_controlnet
+from alignkit.controlnet import check_fit, kind_of, load_controlnet
 from alignkit.guidance import Ascent, RewardSearch, Score, as_ascent, draw_best, generators
 from alignkit.refine import Refiner, build_refiner, refined
 from alignkit.rewards import RewardConfig, WeightedRewards, build_reward, combine
@@ -65,7 +65,7 @@ def compose(
         them may change weights.
     alignit: whether calls use AlignIT unless they say otherwise; a dict has its settings.
 
-    Of SD 1.x, SD 2.x and SDXL all parts; of SD3 and FLUX, `loras` and a loaded ControlNet.
+    Of SD 1.x, SD 2.x and SDXL all parts; of SD3 and FLUX, `loras` and ControlNets.
 
     Raises ValueError for a file that is damaged, a pickle or of another base, and for parts that do not go together;
     the pipeline is as it was then.
@@ -192,13 +192,10 @@ class Composed:
             if unet is not None and isinstance(net, ControlNetModel):
                 check_fit(net.config, unet, self.base.vae_scale_factor, "controlnet")
             return net
-        if unet is None:
-            raise ValueError(
-                f"controlnet: of a {type(self.base).__name__}, expected a loaded ControlNet, got {net!r}: load it by "
-                "its own class of diffusers."
-            )
-        loaded = load_controlnet(str(net), unet, self.base.vae_scale_factor).requires_grad_(False).eval()
-        return loaded if unet.dtype == loaded.dtype else loaded.to(unet.dtype)
+        network = getattr(self.base, "transformer", None) if unet is None else unet
+        kind_of(network)  # refuses a pipeline that is of no family here
+        loaded = load_controlnet(str(net), network, self.base.vae_scale_factor).requires_grad_(False).eval()
+        return loaded if network.dtype == loaded.dtype else loaded.to(network.dtype)
 
     def unload(self) -> Any:
         """Takes out again what was loaded; returns the pipeline, as it was."""

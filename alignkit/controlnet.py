@@ -1,91 +1,161 @@
 """ControlNets (Zhang et al. 2023, arXiv 2302.05543): made from a base, loaded strictly, saved, and run beside it.
 
-`*_predict` is one denoiser call with a control for a family: SD 1.x, 2.x and SDXL, SD3, FLUX. All return the model
-output in float32 with a gradient for the ControlNet; the base stays as frozen as it came.
+What differs between the networks that they stand beside is a row of `KINDS`. A ControlNet of a U-Net is shown the
+control's pixels; those of SD3 and FLUX are shown its latents, in the layout of diffusers' training scripts: the control
+alone, with the VAE's shift and scale.
 """
 
+import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import (
+    ControlNetModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    ModelMixin,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from alignkit.artifacts import atomic, load_tensors, save_tensors
 from alignkit.base import Base
 from alignkit.config import differences
 from alignkit.emoji import resolve
-from alignkit.families import Condition
-from alignkit.sampling import guided, sample
+from alignkit.families import Condition, flux_inputs, pack, split_added
+from alignkit.sampling import sample
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the paper's control encoder, halving its side between two of them
-# What a ControlNet has to share with its U-Net for its residuals to fit and to mean the same.
-SHARED = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
 
 
-def new_controlnet(unet: nn.Module, vae_scale_factor: int, seed: int = 0) -> ControlNetModel:
-    """A ControlNet in float32 with the U-Net's encoder, whose residuals are zero.
+@dataclass(frozen=True)
+class Kind:
+    """ControlNets of one class of networks.
 
-    Its control encoder goes down from pixels to latents in as many halvings as the VAE; its weights depend on `seed`
-    alone.
+    `new(network, vae_scale_factor, **depths)` makes one whose residuals are zero. `residuals(controlnet, x_t, timestep,
+    control, condition, conditioning_scale)` are what it adds, by the names of the network's arguments.
+    `depths(config)`: of how many blocks it may be made, by name: (diffusers' default, at most). `layout`: what of its
+    config has to be so; other published layouts have it otherwise.
     """
-    halvings = vae_scale_factor.bit_length() - 1
-    if vae_scale_factor != 2**halvings:
-        raise ValueError(f"expected a VAE factor that is a power of 2, got {vae_scale_factor}")
-    channels = [EMBEDDING_CHANNELS[min(i, len(EMBEDDING_CHANNELS) - 1)] for i in range(halvings + 1)]
-    with torch.random.fork_rng(devices=[]):
+
+    model: type[ModelMixin]
+    new: Callable[..., nn.Module]
+    residuals: Callable[[nn.Module, Tensor, Tensor, Tensor, Condition, float], dict[str, Any]]
+    shared: tuple[str, ...]  # of the config: what has to be the network's, for residuals to fit and to mean the same
+    shows_latents: bool = False
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    depths: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]] = lambda config: {}
+
+
+def kind_of(network: nn.Module) -> Kind:
+    """ValueError for a network that has none."""
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    for cls, kind in KINDS.items():
+        if isinstance(network, cls):
+            return kind
+    supported = ", ".join(cls.__name__ for cls in KINDS)
+    raise ValueError(
+        f"ControlNets stand beside {supported} here; this network is a {type(network).__name__}. To draw with one, "
+        "load it by its own class of diffusers."
+    )
+
+
+# Made and loaded
+
+
+def new_controlnet(
+    network: nn.Module,
+    vae_scale_factor: int,
+    seed: int = 0,
+    num_layers: int | None = None,
+    num_single_layers: int | None = None,
+) -> nn.Module:
+    """A ControlNet in float32 with the network's weights, whose residuals are zero.
+
+    Of a U-Net, it has all of the encoder, and one of its own for the control, which goes down from pixels to latents in
+    as many halvings as the VAE; its weights depend on `seed` alone. Of SD3 and FLUX, the first `num_layers` blocks and,
+    of FLUX, `num_single_layers` of the later ones; by default as many as diffusers takes, 12 of SD3, 4 and 10 of FLUX,
+    or all that can be.
+
+    Raises ValueError for numbers of blocks that this network cannot give.
+    """
+    kind = kind_of(network)
+    possible = kind.depths(network.config)
+    depths = {name: min(default, most) for name, (default, most) in possible.items()}
+    for name, asked in {"num_layers": num_layers, "num_single_layers": num_single_layers}.items():
+        if asked is None:
+            continue
+        if name not in possible:
+            raise ValueError(f"{name}: a ControlNet of a {type(network).__name__} has no such choice: leave it null")
+        if not 0 <= asked <= possible[name][1]:
+            raise ValueError(f"{name}: expected 0 to {possible[name][1]} blocks of this base, got {asked}")
+        depths[name] = asked
+    if depths and not any(depths.values()):
+        raise ValueError(f"expected a ControlNet of at least one block, got {depths}")
+    where = "meta" if network.device.type == "meta" else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(where):
         torch.default_generator.manual_seed(seed)
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=tuple(channels))
-    return controlnet.float().to(unet.device)
+        controlnet = kind.new(network, vae_scale_factor, **depths)
+    return controlnet.float().to(network.device)
 
 
-def load_controlnet(path: str, unet: nn.Module, vae_scale_factor: int) -> ControlNetModel:
-    """A ControlNet folder or Hub name in diffusers format, or one .safetensors file, in float32.
+def load_controlnet(path: str, network: nn.Module, vae_scale_factor: int) -> nn.Module:
+    """A ControlNet folder or Hub name in diffusers format, or one .safetensors file of a U-Net's, in float32.
 
     A file may have the names of the original code (`control_model.input_blocks...`) or diffusers', which UIs read too:
     the weights that `save_controlnet` writes are such a file.
 
     Raises:
         FileNotFoundError: there is no such ControlNet.
-        ValueError: it was made for another base, or its weights are incomplete.
+        ValueError: it was made for another base, is shown other things, or its weights are incomplete.
     """
-    path = resolve(path)
+    path, kind = resolve(path), kind_of(network)
     if Path(path).suffix == ".safetensors":
-        return _from_single_file(path, unet, vae_scale_factor)
+        return _from_single_file(path, network, vae_scale_factor)
     if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise FileNotFoundError(f"No ControlNet {path!r}: expected a folder in diffusers format or a Hub OWNER/NAME.")
     try:
-        config = ControlNetModel.load_config(path)
+        config = kind.model.load_config(path)
     except OSError as error:
         raise FileNotFoundError(f"No ControlNet {path!r}: {str(error).strip().splitlines()[0]}") from error
     made_by = config.get("_class_name")
-    if made_by != "ControlNetModel":
-        raise ValueError(f"{path}: expected a ControlNetModel, got {made_by}")
-    check_fit(config, unet, vae_scale_factor, path)
+    if made_by != kind.model.__name__:
+        raise ValueError(f"{path}: expected a {kind.model.__name__}, got {made_by}")
+    check_fit(config, network, vae_scale_factor, path)
     try:
-        controlnet, info = ControlNetModel.from_pretrained(
+        controlnet, info = kind.model.from_pretrained(
             path, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
         raise ValueError(f"{path}: expected {WEIGHTS}: {str(error).strip().splitlines()[0]}") from error
-    wrong = {kind: list(keys) for kind, keys in info.items() if keys}
+    wrong = {what: list(keys) for what, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{path} is not a complete ControlNet of this base: {wrong}")
-    return controlnet.to(unet.device)
+    return controlnet.to(network.device)
 
 
-def _from_single_file(path: str, unet: nn.Module, vae_scale_factor: int) -> ControlNetModel:
+def _from_single_file(path: str, network: nn.Module, vae_scale_factor: int) -> ControlNetModel:
     if not Path(path).is_file():
         raise FileNotFoundError(f"No ControlNet {path!r}: there is no such file.")
-    controlnet = new_controlnet(unet, vae_scale_factor)
+    if kind_of(network).model is not ControlNetModel:
+        raise ValueError(
+            f"{path}: of a {type(network).__name__}, expected a folder in diffusers format, whose config.json says how "
+            "many blocks the ControlNet has"
+        )
+    controlnet = new_controlnet(network, vae_scale_factor)
     weights = convert_controlnet_checkpoint(load_tensors(path), controlnet.config)
     weights = {key: tensor.float() for key, tensor in weights.items() if tensor is not None}
     expected = {key: list(tensor.shape) for key, tensor in controlnet.state_dict().items()}
@@ -99,25 +169,32 @@ def _from_single_file(path: str, unet: nn.Module, vae_scale_factor: int) -> Cont
     return controlnet
 
 
-def check_fit(config: Mapping[str, Any], unet: nn.Module, vae_scale_factor: int, name: str) -> None:
-    """Raises ValueError for the config of a ControlNet that was made for another base."""
+def check_fit(config: Mapping[str, Any], network: nn.Module, vae_scale_factor: int, name: str) -> None:
+    """Raises ValueError for the config of a ControlNet that was made for another base, or is shown other things."""
+    kind = kind_of(network)
     halvings = len(config.get("conditioning_embedding_out_channels", EMBEDDING_CHANNELS)) - 1
-    if 2**halvings != vae_scale_factor:
+    if not kind.shows_latents and 2**halvings != vae_scale_factor:
         raise ValueError(
             f"{name} does not fit this base: its control encoder is for a VAE factor of {2**halvings}, the base's is "
             f"{vae_scale_factor}"
         )
-    for key in SHARED:
-        theirs, ours = config.get(key), unet.config.get(key)
+    for key in kind.shared:
+        theirs, ours = config.get(key), network.config.get(key)
         theirs, ours = ([list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v] for v in (theirs, ours))
         if theirs != ours:
             raise ValueError(
                 f"{name} is a ControlNet of another base: its {key} is {theirs[0]}, this base's is {ours[0]}"
             )
+    for key, expected in kind.layout.items():
+        if (got := config.get(key, expected)) != expected:
+            raise ValueError(
+                f"{name}: expected a ControlNet that is shown the latents of one control and nothing else; its {key} "
+                f"is {got}. Stock diffusers draws with it, loaded as a {kind.model.__name__}"
+            )
 
 
 def save_controlnet(folder: str | os.PathLike, controlnet: nn.Module) -> Path:
-    """Writes a folder that `ControlNetModel.from_pretrained` reads: config.json and safetensors. Returns the weights.
+    """Writes a folder that `from_pretrained` of its class reads: config.json and safetensors. Returns the weights.
 
     ValueError when a weight is not finite; nothing is written then.
     """
@@ -128,33 +205,22 @@ def save_controlnet(folder: str | os.PathLike, controlnet: nn.Module) -> Path:
     return folder / WEIGHTS
 
 
-def unet_predict(
-    unet: nn.Module,
-    controlnet: nn.Module,
-    x_t: Tensor,
-    timestep: Tensor,
-    control: Tensor,
-    prompt_embeds: Tensor,
-    added_cond_kwargs: Mapping[str, Tensor] | None = None,
-    conditioning_scale: float = 1.0,
-) -> Tensor:
-    """SD 1.x, SD 2.x and SDXL. x_t [B,C,h,w], timestep scalar or [B], control [B,3,H,W] in [0,1] -> [B,C,h,w].
+# Shown a control, beside its base
 
-    prompt_embeds [B,S,D]; SDXL's `added_cond_kwargs` are text_embeds [B,P] and time_ids [B,6].
+
+@torch.no_grad()
+def control_input(base: Base, controlnet: nn.Module, control: Tensor) -> Tensor:
+    """What a ControlNet is shown of a control [B,3,H,W] in [0,1]: that, or latents [B,C,h,w].
+
+    Latents are the mode of the VAE's posterior; the stock pipelines draw from it. The ControlNets of SD3 that InstantX
+    published get them without the shift, as their config has it for the stock pipeline.
     """
-    added = {} if added_cond_kwargs is None else {"added_cond_kwargs": dict(added_cond_kwargs)}
-    with half_precision(unet):
-        down, mid = controlnet(
-            x_t, timestep, prompt_embeds, control, conditioning_scale, return_dict=False, **added
-        )  # fmt: skip
-    return unet(
-        x_t.to(unet.dtype),
-        timestep,
-        encoder_hidden_states=prompt_embeds.to(unet.dtype),
-        down_block_additional_residuals=tuple(residual.to(unet.dtype) for residual in down),
-        mid_block_additional_residual=mid.to(unet.dtype),
-        **added,
-    ).sample.float()
+    if not kind_of(base.network).shows_latents:
+        return control
+    latents = base.encode(control).float()
+    if controlnet.config.get("force_zeros_for_pooled_projection"):
+        latents = latents + (base.vae.config.shift_factor or 0) * base.vae.config.scaling_factor
+    return latents
 
 
 def predict(
@@ -166,89 +232,14 @@ def predict(
     condition: Condition,
     conditioning_scale: float = 1.0,
 ) -> Tensor:
-    """`unet_predict` with what `base.condition` says of the prompts."""
-    added = {name: tensor for name, tensor in condition.items() if name != "encoder_hidden_states"}
-    prompt_embeds = condition["encoder_hidden_states"]
-    return unet_predict(base.unet, controlnet, x_t, timestep, control, prompt_embeds, added or None, conditioning_scale)
+    """The base's output [B,C,h,w] with a ControlNet beside it, float32, with a gradient for the ControlNet.
 
-
-def sd3_predict(
-    transformer: nn.Module,
-    controlnet: nn.Module,
-    x_t: Tensor,
-    timestep: Tensor,
-    control_latents: Tensor,
-    prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
-    conditioning_scale: float = 1.0,
-) -> Tensor:
-    """SD3. x_t and control_latents [B,C,h,w], timestep [B] of 0 to 1000, embeddings [B,S,D] and [B,P] -> [B,C,h,w]."""
-    prompt = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds, "timestep": timestep}
-    with half_precision(transformer):
-        (residuals,) = controlnet(
-            x_t, control_latents, conditioning_scale=conditioning_scale, return_dict=False, **prompt
-        )
-    residuals = [residual.to(transformer.dtype) for residual in residuals]
-    return transformer(x_t.to(transformer.dtype), block_controlnet_hidden_states=residuals, **prompt).sample.float()
-
-
-def flux_predict(
-    transformer: nn.Module,
-    controlnet: nn.Module,
-    x_t: Tensor,
-    timestep: Tensor,
-    control_latents: Tensor,
-    prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
-    guidance: Tensor | None = None,
-    conditioning_scale: float = 1.0,
-) -> Tensor:
-    """FLUX. As `sd3_predict`; h and w even; `guidance` [B] is the distilled models' input, 1 in training."""
-    height, width = x_t.shape[-2:]
-    prompt = {
-        "encoder_hidden_states": prompt_embeds,
-        "pooled_projections": pooled_prompt_embeds,
-        "timestep": timestep / 1000,
-        "guidance": guidance,
-        "txt_ids": x_t.new_zeros(prompt_embeds.shape[1], 3),
-        "img_ids": patch_ids(height // 2, width // 2).to(x_t),
-    }
-    with half_precision(transformer):
-        residuals, single_residuals = controlnet(
-            pack(x_t), pack(control_latents), conditioning_scale=conditioning_scale, return_dict=False, **prompt
-        )
-    residuals, single_residuals = (
-        None if some is None else [residual.to(transformer.dtype) for residual in some]
-        for some in (residuals, single_residuals)
-    )
-    output = transformer(
-        pack(x_t).to(transformer.dtype),
-        controlnet_block_samples=residuals,
-        controlnet_single_block_samples=single_residuals,
-        **prompt,
-    ).sample
-    return unpack(output.float(), height, width)
-
-
-def encode_control(vae: nn.Module, control: Tensor) -> Tensor:
-    """Control [B,3,H,W] in [0,1] -> latents [B,C,h,w] with the VAE's shift and scale, as SD3 and FLUX are shown it."""
-    latents = vae.encode(2 * control.to(vae.dtype) - 1).latent_dist.mode()
-    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-
-
-def pack(latents: Tensor) -> Tensor:
-    """[B,C,h,w] -> [B,(h/2)(w/2),4C]: patches of 2 x 2 as FLUX's tokens."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
-
-
-def patch_ids(rows: int, columns: int) -> Tensor:
-    """[rows * columns, 3]: (0, row, column) of each of FLUX's tokens."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    x_t [B,C,h,w], timestep scalar or [B], `control` from `control_input`, `condition` from `base.condition`.
+    """
+    network = base.network
+    with half_precision(network):
+        residuals = kind_of(network).residuals(controlnet, x_t, timestep, control, condition, conditioning_scale)
+    return base.forward(x_t, timestep, condition, **tree_map(lambda added: added.to(network.dtype), residuals))
 
 
 def half_precision(base: nn.Module) -> AbstractContextManager:
@@ -261,7 +252,7 @@ def half_precision(base: nn.Module) -> AbstractContextManager:
 @torch.no_grad()
 def draw_controlled(
     base: Base,
-    controlnet: ControlNetModel,
+    controlnet: nn.Module,
     controls: Tensor,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -272,25 +263,111 @@ def draw_controlled(
     conditioning_scale: float = 1.0,
     batch_size: int = 8,
 ) -> Tensor:
-    """Images [N,3,H,W] in [0,1] for controls [N,3,H,W] in [0,1], image i from the noise of seeds[i]; DDIM.
+    """Images [N,3,H,W] in [0,1] for controls [N,3,H,W] in [0,1], image i from the noise of seeds[i]; DDIM, or Euler.
 
-    The pixels of the stock `StableDiffusionControlNetPipeline`, or `StableDiffusionXLControlNetPipeline`.
+    The pixels of the family's stock ControlNet pipeline, but that `control_input` does not draw.
+
+    Raises ValueError as `base.denoiser`.
     """
-    images, device = [], base.unet.device
-    timesteps = base.schedule.timesteps(num_inference_steps).to(device)
-    size = controls.shape[-2:]
-    shape = base.latent_shape(*size)
+    images, device, size = [], base.device, controls.shape[-2:]
+    timesteps = base.timesteps(num_inference_steps, *size)
     for rows in torch.arange(len(controls)).split(batch_size):
-        control = controls[rows].to(device)
+        control = control_input(base, controlnet, controls[rows].to(device))
         generators = [torch.Generator().manual_seed(seeds[i]) for i in rows]
-        x_T = randn_tensor((len(rows), *shape), generators, device)
-        condition = base.condition([prompts[i] for i in rows], *size)
-        negative = base.condition([negative_prompt] * len(rows), *size, negative=True)
+        x_T = randn_tensor((len(rows), *base.latent_shape(*size)), generators, device)
 
         def forward(x_t: Tensor, timestep: Tensor, condition: Condition, control=control) -> Tensor:
             both = control.repeat(len(x_t) // len(control), 1, 1, 1)  # guidance asks twice
             return predict(base, controlnet, x_t, timestep, both, condition, conditioning_scale)
 
-        denoiser = guided(forward, condition, negative, guidance_scale)
+        told = [prompts[i] for i in rows]
+        denoiser = base.denoiser(told, negative_prompt, guidance_scale, *size, forward=forward)
         images.append(base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan=None)))
     return torch.cat(images)
+
+
+# The kinds
+
+
+def _new_for_unet(unet: nn.Module, vae_scale_factor: int) -> ControlNetModel:
+    halvings = vae_scale_factor.bit_length() - 1
+    if vae_scale_factor != 2**halvings:
+        raise ValueError(f"expected a VAE factor that is a power of 2, got {vae_scale_factor}")
+    channels = [EMBEDDING_CHANNELS[min(i, len(EMBEDDING_CHANNELS) - 1)] for i in range(halvings + 1)]
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=tuple(channels))
+
+
+def _new_for_sd3(transformer: nn.Module, vae_scale_factor: int, num_layers: int) -> SD3ControlNetModel:
+    twin = copy.copy(transformer)  # with a config of its own, as from_transformer writes into it
+    # InstantX's hide the pooled prompt from the ControlNet, and the shift from the control's latents; ours do not
+    twin._internal_dict = FrozenDict({**transformer.config, "force_zeros_for_pooled_projection": False})
+    return SD3ControlNetModel.from_transformer(twin, num_layers, num_extra_conditioning_channels=0)
+
+
+def _new_for_flux(transformer: nn.Module, vae_scale_factor: int, **depths: int) -> FluxControlNetModel:
+    width = {name: transformer.config[name] for name in ("attention_head_dim", "num_attention_heads")}
+    return FluxControlNetModel.from_transformer(transformer, **depths, **width)
+
+
+def _unet_residuals(
+    controlnet: nn.Module, x_t: Tensor, timestep: Tensor, control: Tensor, condition: Condition, scale: float
+) -> dict[str, Any]:
+    prompt_embeds, added = split_added(condition)
+    down, mid = controlnet(x_t, timestep, prompt_embeds, control, scale, added_cond_kwargs=added, return_dict=False)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+def _sd3_residuals(
+    controlnet: nn.Module, x_t: Tensor, timestep: Tensor, control: Tensor, condition: Condition, scale: float
+) -> dict[str, Any]:
+    if controlnet.config.force_zeros_for_pooled_projection:
+        condition = condition | {"pooled_projections": torch.zeros_like(condition["pooled_projections"])}
+    (blocks,) = controlnet(x_t, control, scale, timestep=timestep.expand(len(x_t)), **condition, return_dict=False)
+    return {"block_controlnet_hidden_states": blocks}
+
+
+def _flux_residuals(
+    controlnet: nn.Module, x_t: Tensor, timestep: Tensor, control: Tensor, condition: Condition, scale: float
+) -> dict[str, Any]:
+    inputs = flux_inputs(x_t, timestep, condition)
+    guidance = inputs.pop("guidance", x_t.new_ones(len(x_t)))  # ControlNet and base may differ in whether they read it
+    if controlnet.config.guidance_embeds:
+        inputs["guidance"] = guidance
+    blocks, single_blocks = controlnet(
+        **inputs, controlnet_cond=pack(control), conditioning_scale=scale, return_dict=False
+    )
+    residuals = {"controlnet_block_samples": blocks, "controlnet_single_block_samples": single_blocks}
+    return {name: added for name, added in residuals.items() if added is not None}
+
+
+KINDS = {
+    UNet2DConditionModel: Kind(
+        ControlNetModel,
+        _new_for_unet,
+        _unet_residuals,
+        ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
+    ),
+    SD3Transformer2DModel: Kind(
+        SD3ControlNetModel,
+        _new_for_sd3,
+        _sd3_residuals,
+        ("in_channels", "patch_size", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+         "pooled_projection_dim"),
+        shows_latents=True,
+        layout={"extra_conditioning_channels": 0, "use_pos_embed": True},
+        # the last block has no weights for the text behind it, which a copy of it needs, and takes no residual
+        depths=lambda config: {"num_layers": (12, config["num_layers"] - 1)},
+    ),
+    FluxTransformer2DModel: Kind(
+        FluxControlNetModel,
+        _new_for_flux,
+        _flux_residuals,
+        ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
+         "axes_dims_rope"),
+        shows_latents=True,
+        layout={"num_mode": None, "conditioning_embedding_channels": None},
+        depths=lambda config: {
+            "num_layers": (4, config["num_layers"]), "num_single_layers": (10, config["num_single_layers"])
+        },
+    ),
+}  # fmt: skip

@@ -159,8 +159,8 @@ def controllability(
         data_dir: "emoji" for fresh scenes, or a folder with metadata.jsonl.
         clip: Of the text-image score and of the features of KID and diversity.
         number: How many images.
-        num_inference_steps: DDIM steps.
-        guidance_scale: Of classifier-free guidance.
+        num_inference_steps: DDIM steps; Euler of SD3 and FLUX.
+        guidance_scale: Of classifier-free guidance; FLUX reads it.
         negative_prompt: What to steer away from.
         controlnet_conditioning_scale: Strength of the ControlNet's residuals.
         seed: Of the noise: image i starts from seed + i.
@@ -185,8 +185,7 @@ def controllability(
     data = open_controls(data_dir, judge)
     encoder = ClipEncoder(resolve(clip)).to(device)
     loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
-    _, height, width = loaded.latent_shape()
-    size = (height * loaded.vae_scale_factor, width * loaded.vae_scale_factor)
+    size = loaded.image_size()
     number = number if data.size is None else min(number, data.size)
     generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
     examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
@@ -205,11 +204,13 @@ def controllability(
     }
     shared = {
         "condition": condition, "evaluator": model or condition, "clip": clip, "base": base, "data": data_dir,
-        "number": number, "seed": seed, "scheduler": "DDIM", "height": size[0], "width": size[1],
-        "controlnet_conditioning_scale": controlnet_conditioning_scale, "dtype": dtype, **settings,
+        "number": number, "seed": seed, "scheduler": "Euler" if loaded.schedule.is_flow else "DDIM",
+        "height": size[0], "width": size[1], "controlnet_conditioning_scale": controlnet_conditioning_scale,
+        "dtype": dtype, **settings,
     }  # fmt: skip
     if base == "emoji":
         shared["world_hash"] = measure.world_hash()
+    loaded.denoiser(prompts[:1], negative_prompt, guidance_scale, *size)  # refuses settings that this base has not
     rows = []
     for name in ("real", *controlnet):
         if name == "real":
@@ -218,7 +219,7 @@ def controllability(
         else:
             images = draw_controlled(
                 loaded,
-                load_controlnet(name, loaded.unet, loaded.vae_scale_factor),
+                load_controlnet(name, loaded.network, loaded.vae_scale_factor),
                 judge.control(targets).float(),
                 prompts,
                 range(seed, seed + number),

@@ -36,14 +36,15 @@ class Family:
 
     `condition(pipe, prompts, height, width, negative)` gives the condition of B prompts for images of that many pixels,
     equal to the stock pipeline's; `negative` says that they are negative prompts, where "" may mean none.
-    `forward(network, x_t [B, C, h, w], timestep, condition)` gives the output, [B, C, h, w].
+    `forward(network, x_t [B, C, h, w], timestep, condition, **residuals)` gives the output, [B, C, h, w]; the residuals
+    are what a ControlNet adds, by the names of the network's arguments.
     """
 
     label: str
     pipeline: type[DiffusionPipeline]
     components: dict[str, type]  # models and tokenizers, by their names in the pipeline
     condition: Callable[[DiffusionPipeline, list[str], int, int, bool], Condition]
-    forward: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+    forward: Callable[..., Tensor]
     scheduler: type = DDIMScheduler  # what pictures are drawn with, as it is what training differentiates
     classifier_free: bool = True  # guidance by a second pass; else by a scale that the network reads
     latent_multiple: int = 1  # latents' sides are multiples of it
@@ -83,28 +84,50 @@ def _flux_condition(pipe, prompts: list[str], height: int, width: int, negative:
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
 
-def _unet_forward(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+def _unet_forward(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition, **residuals) -> Tensor:
+    prompt_embeds, added = split_added(condition)
+    return unet(x_t, timestep, prompt_embeds, added_cond_kwargs=added, **residuals).sample
+
+
+def split_added(condition: Condition) -> tuple[Tensor, Condition | None]:
+    """Prompt embeddings, and what SDXL's U-Net is told beside them."""
     added = {name: tensor for name, tensor in condition.items() if name != "encoder_hidden_states"}
-    return unet(x_t, timestep, condition["encoder_hidden_states"], added_cond_kwargs=added or None).sample
+    return condition["encoder_hidden_states"], added or None
 
 
-def _sd3_forward(transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    return transformer(x_t, timestep=timestep.expand(len(x_t)), **condition).sample
+def _sd3_forward(transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition, **residuals) -> Tensor:
+    return transformer(x_t, timestep=timestep.expand(len(x_t)), **condition, **residuals).sample
 
 
-def _flux_forward(transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    """The network sees 2 x 2 latents as one token, and reads their place from `img_ids` (0, row, column)."""
-    rows, columns = x_t.shape[-2] // 2, x_t.shape[-1] // 2
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    image_ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).to(x_t)
-    output = transformer(
-        F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2),
-        timestep=timestep.expand(len(x_t)) / 1000,
-        img_ids=image_ids,
-        txt_ids=image_ids.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
-        **condition,
-    ).sample
-    return F.pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+def _flux_forward(transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition, **residuals) -> Tensor:
+    output = transformer(**flux_inputs(x_t, timestep, condition), **residuals).sample
+    return unpack(output, *x_t.shape[-2:])
+
+
+def flux_inputs(x_t: Tensor, timestep: Tensor, condition: Condition) -> Condition:
+    """FLUX sees 2 x 2 latents as one token, reads their places from `img_ids`, and the timestep between 0 and 1."""
+    image_ids = patch_ids(x_t.shape[-2] // 2, x_t.shape[-1] // 2).to(x_t)
+    return condition | {
+        "hidden_states": pack(x_t),
+        "timestep": timestep.expand(len(x_t)) / 1000,
+        "img_ids": image_ids,
+        "txt_ids": image_ids.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
+    }
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, (h/2)(w/2), 4C]: FLUX's tokens, patches of 2 x 2."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def patch_ids(rows: int, columns: int) -> Tensor:
+    """[rows * columns, 3]: (0, row, column) of each of FLUX's tokens."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
 
 
 _UNET = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
 
 from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig, build_condition
 from alignkit.config import parse
-from alignkit.controlnet import WEIGHTS, draw_controlled, load_controlnet, new_controlnet, save_controlnet, unet_predict
+from alignkit.controlnet import WEIGHTS, draw_controlled, load_controlnet, new_controlnet, predict, save_controlnet
 from alignkit.early_stop import EarlyStopConfig
 from alignkit.noise import NoiseSchedule
 from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from tests.runs import assert_same, reproducible, scalars
+from tests.test_controlnet_families import BLOCKS, PIPELINES
 from tests.test_controls import write_folder, write_metadata
 from tests.test_families import thin
 from tests.tiny import save_tiny_model
@@ -201,6 +203,30 @@ def test_which_timesteps_are_rewarded(config):
     assert abs(share - 0.201) < 4 * math.sqrt(0.201 * 0.799 / 4000)
 
 
+def test_timesteps_of_a_flow_model_are_shifted_towards_noise():
+    """sigma / (1 - sigma) by the factor; how much of a logit-normal law that leaves below SD's t = 200, by its CDF."""
+    flow, seeds = schedules()[2], range(2000)
+    plain, shifted = (
+        torch.stack([controlnetpp.draw_timestep(flow, torch.Generator().manual_seed(i), shift) for i in seeds])
+        for shift in (1.0, 3.0)
+    )
+    odds = [flow.sigma(t) / flow.alpha(t) for t in (plain, shifted)]
+    torch.testing.assert_close(odds[1], 3 * odds[0], rtol=1e-3, atol=0)
+    for drawn, shift in ((plain, 1.0), (shifted, 3.0)):
+        expected = float(torch.special.ndtr(torch.tensor(-math.log(shift) - math.log(3.06) / 2)))
+        share = float((flow.snr(drawn) >= 3.06).float().mean())
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(drawn))
+
+
+def test_flux_is_told_its_guidance_in_training(tmp_path):
+    base = load_base(thin("flux", tmp_path), random_init=True, shrink=40)
+    told = controlnetpp.encode_prompt(base, ["a cat", "a dog"], (32, 32), 3.5)
+    assert told["guidance"].tolist() == [3.5, 3.5]
+    remembered = controlnetpp.remembering(partial(controlnetpp.encode_prompt, base, guidance_scale=3.5), base.device)
+    for name, tensor in remembered(["a cat", "a dog"], (32, 32)).items():
+        torch.testing.assert_close(tensor, told[name])
+
+
 def test_a_dropped_condition_is_black_and_has_no_reward(config, base):
     cfg, run = config(condition_dropout=0.5, prompt_dropout=0.5), Run(config())
     span = controlnetpp.snr_range(config(reward_timesteps=ALL), base.schedule)
@@ -232,9 +258,9 @@ def test_a_dropped_condition_is_black_and_has_no_reward(config, base):
 def test_a_new_controlnet_changes_nothing_and_learns_by_its_zero_convolutions_first(base):
     controlnet = new_controlnet(base.unet, base.vae_scale_factor)
     x_t, control = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 16, 16)
-    prompt_embeds = base.encode_prompt(["a cat", "a dog"])
-    output = unet_predict(base.unet, controlnet, x_t, torch.tensor([5, 700]), control, prompt_embeds)
-    plain = base.unet(x_t, torch.tensor([5, 700]), encoder_hidden_states=prompt_embeds).sample
+    condition = base.condition(["a cat", "a dog"])
+    output = predict(base, controlnet, x_t, torch.tensor([5, 700]), control, condition)
+    plain = base.unet(x_t, torch.tensor([5, 700]), **condition).sample
     assert torch.equal(output, plain)
     output.square().sum().backward()
     touched = {name for name, p in controlnet.named_parameters() if p.grad is not None and p.grad.any()}
@@ -243,7 +269,7 @@ def test_a_new_controlnet_changes_nothing_and_learns_by_its_zero_convolutions_fi
     }
     assert touched == zeros
     perturbed(controlnet).zero_grad()
-    output = unet_predict(base.unet, controlnet, x_t, torch.tensor([5, 700]), control, prompt_embeds)
+    output = predict(base, controlnet, x_t, torch.tensor([5, 700]), control, condition)
     output.square().sum().backward()
     assert all(p.grad.any() for p in controlnet.parameters())
     assert all(p.grad is None for module in (base.unet, base.vae, base.text_encoder) for p in module.parameters())
@@ -281,26 +307,31 @@ def test_stock_diffusers_loads_it_and_draws_the_same_pixels(base, tmp_path):
     assert (ours[0] - ours[1]).abs().max() > 1e-2
 
 
-def test_sdxl_both_stages_and_the_stock_pipelines_pixels(config, tmp_path):
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_both_stages_and_the_stock_pipelines_pixels(config, tmp_path, monkeypatch, name):
     """One update without and one with a reward, a dropped prompt among them; then stock diffusers draws the same."""
-    folder = thin("sdxl", tmp_path / "sdxl")
+    folder = thin(name, tmp_path / name, **BLOCKS.get(name, {}))
     fields = {"pretrained_model_name_or_path": folder, "shrink": 40, "resolution": 32, "prompt_dropout": 0.5}
-    out = train(config("xl", **fields, max_train_steps=2, reward_start=1, reward_timesteps=ALL, learning_rate=0.1))
+    fields["offload_text_encoders"] = name != "sdxl"
+    out = train(config("run", **fields, max_train_steps=2, reward_start=1, reward_timesteps=ALL, learning_rate=0.1))
     first, second = scalars(out)
     assert "reward_loss" not in first and second["reward_loss"] > 0
-    assert "StableDiffusionXLControlNetPipeline" in (out / "README.md").read_text()
+    stock = PIPELINES[name]
+    assert stock.__name__ in (out / "README.md").read_text()
 
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     base = load_base(folder, random_init=True, shrink=40)
-    controlnet, controls = load_controlnet(str(out), base.unet, base.vae_scale_factor), torch.rand(1, 3, 32, 32)
+    controlnet, controls = load_controlnet(str(out), base.network, base.vae_scale_factor), torch.rand(1, 3, 32, 32)
     settings = {"num_inference_steps": 2, "guidance_scale": 5.0}
     ours, plain = (
         draw_controlled(base, controlnet, controls, ["a cat"], [3], **settings, conditioning_scale=scale)
         for scale in (1.0, 0.0)
     )
-    parts = base.pipeline().components | {"controlnet": ControlNetModel.from_pretrained(out)}
-    pipe = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    parts = base.pipeline().components | {"controlnet": type(controlnet).from_pretrained(out).eval()}
+    pipe = stock(**parts, **({"add_watermarker": False} if name == "sdxl" else {}))
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe("a cat", image=controls, generator=torch.Generator().manual_seed(3), output_type="pt", **settings)
+    shown = {"image": controls} if name == "sdxl" else {"control_image": 2 * controls - 1}
+    theirs = pipe("a cat", **shown, generator=torch.Generator().manual_seed(3), output_type="pt", **settings)
     torch.testing.assert_close(ours, theirs.images, rtol=0, atol=1e-4)
     assert (ours - plain).abs().max() > 1e-3
 
@@ -395,10 +426,13 @@ def test_accumulation_changes_nothing(config, batch, accumulation):
         assert ((tensor - weights_of(two)[name]).abs() > 1e-5).float().mean() < 0.02, name
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_a_resumed_run_equals_an_uninterrupted_one(config, cache):
+@pytest.mark.parametrize("case", ["plain", "cached", "sd3"])
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, case):
     fields = {"checkpointing_steps": 2, "validation_steps": 2, "use_ema": True, "lr_scheduler": "cosine"}
-    fields |= {"reward_start": 1, "prompt_dropout": 0.3, "cache": cache}
+    fields |= {"reward_start": 1, "prompt_dropout": 0.3, "cache": case != "plain"}
+    if case == "sd3":
+        folder = thin("sd3", tmp_path / "sd3", **BLOCKS["sd3"])
+        fields |= {"pretrained_model_name_or_path": folder, "shrink": 40, "resolution": 32, "condition_dropout": 0.3}
     whole = train(config("whole", **fields))
     resumed = train(config("resumed", **fields))
     for leftover in (resumed / "checkpoint-4").iterdir():
@@ -510,6 +544,8 @@ def test_every_condition_trains(config, tmp_path, kind):
         ({"bucket_batch_size": 3}, "bucket_batch_size: expected a multiple of train_batch_size .2., .* got 3"),
         ({"bucket_batch_size": 4, "train_data_dir": "emoji"}, "bucket_batch_size: expected 0 for the emoji world"),
         ({"reward_min_snr": 0.0}, "reward_min_snr: expected above 0"),
+        ({"timestep_shift": 0.0}, "timestep_shift: expected above 0, got 0"),
+        ({"train_guidance_scale": -1.0}, "train_guidance_scale: expected above 0, got -1"),
         ({"prompt_dropout": 1.0}, "prompt_dropout: expected at least 0 and below 1"),
         ({"cache": True, "crop": "random"}, "cache: expected"),
         ({"cache": True, "train_data_dir": "emoji"}, "cache: expected"),
@@ -519,6 +555,12 @@ def test_every_condition_trains(config, tmp_path, kind):
 def test_bad_configs_are_refused_when_parsed(config, fields, message):
     with pytest.raises(ValueError, match=message):
         config(**fields)
+
+
+@pytest.mark.parametrize("name", ["timestep_shift", "train_guidance_scale"])
+def test_a_setting_of_another_family_is_refused(config, name):
+    with pytest.raises(ValueError, match=f"{name}: .* has no use of it: leave it at 1"):
+        train(config(**{name: 3.0}))
 
 
 def test_a_reward_without_gradient_is_refused_and_trains_without(config):
@@ -617,7 +659,7 @@ CONFIGS = sorted((ROOT / "configs" / "controlnetpp").rglob("*.yaml"))
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 6
+    assert len(CONFIGS) >= 6 and {"sd15_depth", "sdxl_depth", "sd3_depth", "flux_depth"} <= {c.stem for c in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

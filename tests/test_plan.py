@@ -14,6 +14,7 @@ from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig
 from alignkit.rewards import RewardConfig, build_reward
 from tests.benchmarks import gpu_check, real_size
+from tests.test_families import thin
 from tests.tiny import save_tiny_model
 from training import alignprop, controlnetpp, customize, neti
 
@@ -204,6 +205,11 @@ def test_prediction_equals_the_run(build, capsys, trainer):
 
 def test_prediction_equals_the_run_under_autocast(build):
     compare(build, controlnetpp, mixed_precision="bf16")
+
+
+def test_prediction_equals_the_run_beside_a_transformer(build, tmp_path):
+    folder = thin("flux", tmp_path / "flux")
+    compare(build, controlnetpp, pretrained_model_name_or_path=folder, shrink=40, resolution=32)
 
 
 def test_prediction_equals_the_run_on_the_emoji_model(build):

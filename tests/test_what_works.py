@@ -14,6 +14,7 @@ from alignkit.concepts import create
 from alignkit.conditions import ConditionConfig
 from alignkit.config import LoraConfig
 from alignkit.run import Run
+from tests.test_controlnet_families import BLOCKS
 from tests.test_controls import write_folder
 from tests.test_families import SHRINK, thin
 from tests.what_works import BASES, table
@@ -32,7 +33,8 @@ def cells(*methods: str):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     names = [name for name in BASES.values() if name != "emoji"]
-    return {"emoji": "emoji"} | {name: thin(name, tmp_path_factory.mktemp(name)) for name in names}
+    folders = {name: thin(name, tmp_path_factory.mktemp(name), **BLOCKS.get(name, {})) for name in names}
+    return {"emoji": "emoji"} | folders
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ Where the authors' code differs from the paper or has faults, this does:
 - z_0 is the mode of the VAE's posterior, not a draw, so that it can be cached; images are cropped, not squashed.
 - The clamp of decoded pixels to [0, 1] passes its gradient (alignkit/base.py).
 
-For SD 1.x, SD 2.x and SDXL. ControlNets of SD3 and FLUX read the control as latents, in several published layouts, and
-are refused: the loss below and `alignkit.controlnet.sd3_predict` and `flux_predict` work on them (tested), this loop
-does not.
+For SD 1.x, SD 2.x, SDXL, SD3 and FLUX.1; what differs between them stands in alignkit/controlnet.py. In the last two,
+flow models that the paper does not know, alpha_t = 1 - t/T and sigma_t = t/T, the network predicts e - x_0, timesteps
+are logit-normal, and t = 200 hides less than it does in SD: `reward_min_snr` says which are rewarded there.
 
     accelerate launch training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
     torchrun --nproc_per_node 2 training/controlnetpp.py --config configs/controlnetpp/emoji_segmentation.yaml
@@ -43,8 +43,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import ControlNetModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.base import Base
@@ -52,6 +51,7 @@ from alignkit.conditions import Condition, ConditionConfig, build_condition, pro
 from alignkit.config import DiffusionConfig, command, free, to_dict
 from alignkit.controlnet import (
     WEIGHTS,
+    control_input,
     draw_controlled,
     load_controlnet,
     new_controlnet,
@@ -80,7 +80,11 @@ VALIDATION_SEED = 1_000_000  # of the first validation example; the training's a
 @dataclass
 class Config(DiffusionConfig):
     controlnet_model_name_or_path: str | None = None
-    """ControlNet to go on from: a diffusers folder, Hub name or .safetensors file; null makes one from the U-Net."""
+    """ControlNet to go on from: a diffusers folder, Hub name or .safetensors file; null makes one from the base."""
+    num_layers: int | None = None
+    """Blocks of SD3 or FLUX that one from the base copies; null: 12 of SD3, 4 of FLUX, as diffusers."""
+    num_single_layers: int | None = None
+    """The same, of FLUX's later blocks, without a text of their own; null: 10."""
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     """What the ControlNet is shown and, with reward_weight, what its images are compared by."""
     reward_weight: float = 0.0
@@ -91,6 +95,11 @@ class Config(DiffusionConfig):
     """In place of reward_timesteps: reward where the signal-to-noise ratio is at least this; 3.06 is SD's t <= 200."""
     reward_start: int = 0
     """First update with a reward; the ones before it are the paper's first stage."""
+    timestep_shift: float = 1.0
+    """Of a flow model: above 1, more of the noisy timesteps are drawn, as sigma becomes s sigma / (1 + (s - 1) sigma);
+    SD3 was trained with 3 at 1024 pixels (Esser et al. 2024, section 5.3.2)."""
+    train_guidance_scale: float = 1.0
+    """What a network that reads its guidance, FLUX.1-dev, is told in training; diffusers' script says 3.5."""
 
     train_data_dir: str = "emoji"
     """"emoji" (scenes drawn on the fly) or a folder of images with metadata.jsonl: `alignkit data check` says how."""
@@ -110,18 +119,21 @@ class Config(DiffusionConfig):
     condition_dropout: float = 0.0
     """Share of samples that see a black control; they have no reward."""
     cache: bool = free(False)
-    """Keep latents, targets and prompt embeddings of all images in memory after their first use; needs crop: center."""
+    """Keep latents, targets and prompt embeddings of all images in memory after their first use; needs crop: center.
+    A control's own latents, of SD3 and FLUX, are encoded anew."""
     gradient_checkpointing: bool = free(False)
-    """Of ControlNet, frozen U-Net and VAE decoder: less memory, each computed twice."""
+    """Of ControlNet, frozen network and VAE decoder: less memory, each computed twice."""
+    offload_text_encoders: bool = free(False)
+    """Leave them in the CPU's memory, where they encode each prompt once: 9 GB less on a GPU for SD3 and FLUX."""
 
     monitors: list[RewardConfig] = field(default_factory=list)
     """Rewards of the validation images that are logged, never optimised."""
     num_validation_images: int = 16
     """Image i is of validation example i and seed i."""
     num_inference_steps: int = 20
-    """DDIM steps of the validation."""
+    """Of the validation, by DDIM, or Euler for a flow model."""
     guidance_scale: float = 7.5
-    """Of the validation's classifier-free guidance; 1 turns it off."""
+    """Of the validation's guidance; 1 turns it off."""
     negative_prompt: str = ""
     """Of the validation."""
 
@@ -142,8 +154,10 @@ class Config(DiffusionConfig):
         span = self.reward_timesteps
         if len(span) != 2 or not 0 <= span[0] <= span[1]:
             raise ValueError(f"reward_timesteps: expected [first, last] with 0 <= first <= last, got {span}")
-        if self.reward_min_snr is not None and not self.reward_min_snr > 0:
-            raise ValueError(f"reward_min_snr: expected above 0, got {self.reward_min_snr}")
+        for name in ("reward_min_snr", "timestep_shift", "train_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected above 0, got {value}")
         if self.cache and (self.crop == "random" or self.train_data_dir == "emoji"):
             raise ValueError("cache: expected a folder of images and crop: center, since other images never come again")
         if self.bucket_batch_size % self.train_batch_size:
@@ -192,10 +206,10 @@ def train(cfg: Config) -> Path:
         fixed = open_controls(cfg.validation_data_dir, condition, cfg.condition_column)
 
     run = Run(cfg, "controlnetpp")
-    base = run.load_base()
-    base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders)
+    check_settings(cfg, base)
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
-    size = image_size(base, cfg.resolution)
+    size = base.image_size(cfg.resolution, cfg.resolution)
     condition.to(run.device)
     if cfg.reward_weight:
         probe_condition(condition, *size, run.device)
@@ -217,7 +231,9 @@ def train(cfg: Config) -> Path:
         run.show(0, "start", images, validation.prompts)
         run.show(0, "control", validation.controls, validation.prompts)
 
-    encode_prompts = remembering(base) if cfg.cache else partial(encode_prompt, base)
+    encode_prompts = partial(encode_prompt, base, guidance_scale=cfg.train_guidance_scale)
+    if cfg.cache:
+        encode_prompts = remembering(encode_prompts, run.device)
     stopped, images = None, None
     for step in run.steps():
         weight = cfg.reward_weight if step >= cfg.reward_start or cfg.dry_run else 0.0
@@ -280,6 +296,14 @@ def train(cfg: Config) -> Path:
     return run.output_dir
 
 
+def check_settings(cfg: Config, base: Base) -> None:
+    """Raises ValueError for a setting that this base has no use of."""
+    used = {"timestep_shift": base.schedule.is_flow, "train_guidance_scale": bool(base.guidance(1, 1.0))}
+    for name, is_used in used.items():
+        if not is_used and getattr(cfg, name) != 1:
+            raise ValueError(f"{name}: {base.name} ({base.family.label}) has no use of it: leave it at 1")
+
+
 def controlnet_losses(
     predict: Callable[[Tensor, Tensor], Tensor],
     schedule: NoiseSchedule,
@@ -321,7 +345,7 @@ def draw(
 ) -> Draw:
     """By the sample's global index alone, so that every process knows how many of the global batch are rewarded."""
     generator = run.generator(step, index, "draw")
-    timestep = draw_timestep(schedule, generator)
+    timestep = draw_timestep(schedule, generator, cfg.timestep_shift)
     drop_prompt = bool(torch.rand((), generator=generator) < cfg.prompt_dropout)
     drop_condition = bool(torch.rand((), generator=generator) < cfg.condition_dropout)
     low, high = rewarded_snr
@@ -329,10 +353,11 @@ def draw(
     return Draw(timestep, drop_prompt, drop_condition, in_range and not drop_condition)
 
 
-def draw_timestep(schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
-    """Uniform; logit-normal for a flow model, as SD3 (Esser et al. 2024, section 3.1)."""
+def draw_timestep(schedule: NoiseSchedule, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+    """Uniform; for a flow model logit-normal and then shifted, as SD3 (Esser et al. 2024, sections 3.1 and 5.3.2)."""
     if schedule.is_flow:
-        return schedule.num_train_timesteps * torch.randn((), generator=generator).sigmoid()
+        sigma = torch.randn((), generator=generator).sigmoid()
+        return schedule.num_train_timesteps * (shift * sigma / (1 + (shift - 1) * sigma))
     return torch.randint(schedule.num_train_timesteps, (), generator=generator)
 
 
@@ -346,39 +371,45 @@ def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     return float(schedule.snr(last)), float(schedule.snr(first))
 
 
-def encode_prompt(base: Base, prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
+def encode_prompt(
+    base: Base, prompts: list[str], size: tuple[int, int], guidance_scale: float = 1.0
+) -> dict[str, Tensor]:
     """What the networks are told of B prompts; of dropped ones, "", what guidance makes of an empty negative prompt."""
-    return base.condition(prompts, *size, negative=True)
+    return base.condition(prompts, *size, negative=True) | base.guidance(len(prompts), guidance_scale)
 
 
-def remembering(base: Base) -> Callable[[list[str], tuple[int, int]], dict[str, Tensor]]:
-    """`encode_prompt`, which encodes each prompt once, and for SDXL once for each size."""
+EncodePrompts = Callable[[list[str], tuple[int, int]], dict[str, Tensor]]
+
+
+def remembering(encode_prompts: EncodePrompts, device: torch.device) -> EncodePrompts:
+    """The function, which encodes each prompt once, for each size (of which SDXL is told)."""
     known: dict[tuple[str, tuple[int, int]], dict[str, Tensor]] = {}
 
-    def encode_prompts(prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
         for prompt in prompts:
             if (prompt, size) not in known:
-                known[prompt, size] = {name: t.cpu() for name, t in encode_prompt(base, [prompt], size).items()}
+                known[prompt, size] = {name: t.cpu() for name, t in encode_prompts([prompt], size).items()}
         rows = [known[prompt, size] for prompt in prompts]
-        return {name: torch.cat([row[name] for row in rows]).to(base.device) for name in rows[0]}
+        return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
-    return encode_prompts
+    return encode
 
 
 def controlled(
     base: Base,
-    controlnet: ControlNetModel,
+    controlnet: nn.Module,
     condition: Condition,
     batch: Batch,
     chance: Sequence[Draw],
-    encode_prompts: Callable[[list[str], tuple[int, int]], dict[str, Tensor]],
+    encode_prompts: EncodePrompts,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The denoiser of a batch, with its prompts and controls, where they were not dropped."""
     prompts = ["" if d.drop_prompt else prompt for prompt, d in zip(batch.prompts, chance, strict=True)]
     told = encode_prompts(prompts, tuple(batch.targets.shape[-2:]))
     kept = torch.tensor([not d.drop_condition for d in chance], device=batch.targets.device)
     control = condition.control(batch.targets).float() * kept[:, None, None, None]
-    return lambda x_t, timestep: predict(base, controlnet, x_t, timestep, control, told)
+    shown = control_input(base, controlnet, control)
+    return lambda x_t, timestep: predict(base, controlnet, x_t, timestep, shown, told)
 
 
 class Loader:
@@ -388,8 +419,7 @@ class Loader:
         self.run, self.data, self.base, self.condition, self.size = run, data, base, condition, size
         self.buckets = None
         if cfg.bucket_batch_size:
-            multiple = base.vae_scale_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
-            self.buckets = Buckets(data.shapes(), bucket_sizes(size, multiple), cfg.bucket_batch_size)
+            self.buckets = Buckets(data.shapes(), bucket_sizes(size, base.size_multiple), cfg.bucket_batch_size)
         self.cached: dict[int, tuple[Tensor, Tensor]] = {}
         self.cache = cfg.cache
         self.pool = ThreadPoolExecutor()  # decoding images is most of it, and leaves Python's lock
@@ -424,7 +454,7 @@ class Loader:
 @torch.no_grad()
 def encode(base: Base, condition: Condition, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Latents [b, C, h, w], and targets [b, H, W], extracted where an example has none."""
-    images = torch.stack([example.image for example in examples]).to(base.unet.device)
+    images = torch.stack([example.image for example in examples]).to(base.device)
     targets = [example.target for example in examples]
     if any(target is None for target in targets):
         extracted = condition.extract(images)
@@ -432,21 +462,16 @@ def encode(base: Base, condition: Condition, examples: Sequence[Example]) -> tup
     return base.encode(images).float(), torch.stack([target.to(images.device) for target in targets])
 
 
-def image_size(base: Base, resolution: int | None) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    height, width = base.latent_shape(resolution, resolution)[1:]
-    return height * base.vae_scale_factor, width * base.vae_scale_factor
-
-
-def make_controlnet(cfg: Config, base: Base) -> ControlNetModel:
-    """From the config's ControlNet or, with random_init or without one, from the U-Net."""
+def make_controlnet(cfg: Config, base: Base) -> nn.Module:
+    """From the config's ControlNet or, with random_init or without one, from the base."""
     path = None if cfg.random_init else cfg.controlnet_model_name_or_path
     if path is None:
-        controlnet = new_controlnet(base.unet, base.vae_scale_factor, cfg.seed)
+        depths = cfg.num_layers, cfg.num_single_layers
+        controlnet = new_controlnet(base.network, base.vae_scale_factor, cfg.seed, *depths)
     else:
-        controlnet = load_controlnet(path, base.unet, base.vae_scale_factor)
+        controlnet = load_controlnet(path, base.network, base.vae_scale_factor)
     if cfg.gradient_checkpointing:
-        for module in (controlnet, base.unet, base.vae):
+        for module in (controlnet, base.network, base.vae):
             module.enable_gradient_checkpointing()
     return controlnet.requires_grad_(True).eval()  # eval: a ControlNet has no dropout to train with
 
@@ -458,7 +483,7 @@ class Validation:
         self,
         cfg: Config,
         base: Base,
-        controlnet: ControlNetModel,
+        controlnet: nn.Module,
         condition: Condition,
         monitors: WeightedRewards | None,
         data: Controls,
@@ -517,16 +542,18 @@ class Validation:
         timestep = ((rows + 0.5) / len(self.x_0) * schedule.num_train_timesteps).long().to(x_0.device)
         noise = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in rows])
         noise = noise.to(x_0)
-        told = encode_prompt(self.base, [self.prompts[i] for i in rows], self.controls.shape[-2:])
+        prompts, size = [self.prompts[i] for i in rows], tuple(self.controls.shape[-2:])
+        told = encode_prompt(self.base, prompts, size, self.cfg.train_guidance_scale)
+        shown = control_input(self.base, self.controlnet, self.controls[rows])
         x_t = schedule.add_noise(x_0, noise, timestep)
-        output = predict(self.base, self.controlnet, x_t, timestep, self.controls[rows], told)
+        output = predict(self.base, self.controlnet, x_t, timestep, shown, told)
         return (output - schedule.target(x_0, noise, timestep)).square().flatten(1).mean(1)
 
 
 def export(
     run: Run,
     cfg: Config,
-    controlnet: ControlNetModel,
+    controlnet: nn.Module,
     condition: Condition,
     validation: Validation,
     images: Tensor,
@@ -548,7 +575,7 @@ def export(
         description=(
             f"Trained with {reward} by `training/controlnetpp.py` (ControlNet++, arXiv 2404.07987)"
             f"{f'; {stopped}' if stopped else ''}.\n\n"
-            f"Load it with `ControlNetModel.from_pretrained(folder)` into a `{pipeline}`. From top to "
+            f"Load it with `{type(controlnet).__name__}.from_pretrained(folder)` into a `{pipeline}`. From top to "
             "bottom: the control, the image, the control extracted from it by the training's own judge, the "
             f"difference of the two. The columns:\n\n{columns}"
         ),
