@@ -171,13 +171,13 @@ def _dino(path: str):
     import torch
     from transformers import AutoModel
 
-    from alignkit.rewards.clip import image_statistics, resize_and_crop
+    from alignkit.rewards.clip import IMAGENET_STATISTICS, fit, image_statistics
 
     model = AutoModel.from_pretrained(path, use_safetensors=True).eval()
-    mean, std = image_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = image_statistics(path, *IMAGENET_STATISTICS)
 
     def embed(images):
-        pixels = (resize_and_crop(images, model.config.image_size) - mean) / std
+        pixels = (fit(images, model.config.image_size) - mean) / std
         return torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
 
     return embed

@@ -11,8 +11,9 @@ import torch
 import yaml
 from kornia.filters import canny
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, SegformerImageProcessor
+from transformers import AutoImageProcessor, DPTConfig, DPTForDepthEstimation, SegformerImageProcessor
 
 from alignkit.conditions import CONDITIONS, Condition, build_condition, model_input, probe_condition, score
 from alignkit.conditions.models import preprocessing
@@ -312,6 +313,33 @@ def test_edges_are_where_the_picture_changes(make, name):
 
 
 # Models' inputs
+
+
+def without(folder: str, start: str) -> None:
+    """Takes the tensors that begin so out of a model's file."""
+    file = Path(folder) / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(start)}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_a_model_that_lacks_weights_is_refused_if_they_matter(tmp_path):
+    """transformers would fill them with random numbers. DPT's published files lack some that no image reaches."""
+    segmenter = save_segmenter(tmp_path / "segmenter")
+    without(segmenter, "decode_head.classifier.")
+    with pytest.raises(ValueError, match="lacks decode_head.classifier.bias.* not a backbone alone"):
+        build_condition("segmentation", model=segmenter)
+    torch.manual_seed(0)
+    config = DPTConfig(
+        hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8] * 4, fusion_hidden_size=8,
+    )  # fmt: skip
+    DPTForDepthEstimation(config).save_pretrained(tmp_path / "dpt")
+    without(str(tmp_path / "dpt"), "neck.fusion_stage.layers.0.residual_layer1.")
+    depth = build_condition("depth", model=str(tmp_path / "dpt"), resolution=32)
+    assert depth.extract(pictures()).isfinite().all()
+    without(str(tmp_path / "dpt"), "neck.fusion_stage.layers.1.residual_layer1.")
+    with pytest.raises(ValueError, match=r"lacks neck.fusion_stage.layers.0.* \(8 in all\)"):
+        build_condition("depth", model=str(tmp_path / "dpt"), resolution=32)
 
 
 @pytest.mark.parametrize("size", [16, 24])

@@ -10,9 +10,8 @@ from torchmetrics import Metric
 from transformers import AutoModelForDepthEstimation
 
 from alignkit.conditions.condition import Condition, PerImage, gray, model_input
-from alignkit.conditions.models import LOADING, preprocessing
+from alignkit.conditions.models import load_model, preprocessing, refuse_incomplete
 from alignkit.emoji import resolve
-from alignkit.rewards.reward import frozen
 
 
 class Depth(Condition):
@@ -40,9 +39,10 @@ class Depth(Condition):
         if normalise not in ("max", "range"):
             raise ValueError(f"normalise: expected max or range, got {normalise!r}")
         path = resolve(model)
-        self.estimator = frozen(AutoModelForDepthEstimation.from_pretrained(path, **LOADING))
+        self.estimator, lacking = load_model(AutoModelForDepthEstimation, path)
         self.input = preprocessing(path, resolution)
         self.normalise = normalise
+        refuse_incomplete(path, lacking, self.predict)
 
     def normalised(self, depths: Tensor) -> Tensor:
         """[B,H,W] -> [B,H,W] in [0,1] for depths that are not negative; a constant map stays finite."""

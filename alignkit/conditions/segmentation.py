@@ -19,9 +19,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
 
 from alignkit.conditions.condition import Condition, model_input
-from alignkit.conditions.models import LOADING, preprocessing
+from alignkit.conditions.models import load_model, preprocessing, refuse_incomplete
 from alignkit.emoji import resolve
-from alignkit.rewards.reward import frozen
 
 IGNORE = 255  # of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff
 
@@ -49,8 +48,9 @@ class Segmentation(Condition):
         path = resolve(model)
         self.universal = AutoConfig.from_pretrained(path).model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if self.universal else AutoModelForSemanticSegmentation
-        self.segmenter = frozen(kind.from_pretrained(path, **LOADING))
+        self.segmenter, lacking = load_model(kind, path)
         self.input = preprocessing(path, resolution)
+        refuse_incomplete(path, lacking, self.predict)
         self.num_classes = self.segmenter.config.num_labels
         colors = distinct_colors(self.num_classes) if palette is None else read_palette(palette, self.num_classes)
         self.register_buffer("palette", torch.cat([colors, torch.zeros(1, 3)]), persistent=False)  # last: unlabelled
