@@ -234,7 +234,8 @@ def extract_control(
     if is_map:
         return picture
     from diffusers.utils import numpy_to_pil
-    from torchvision.transforms.functional import to_tensor
+
+    from alignkit.data import to_tensor
 
     condition = _condition(models.folder, controlnet)
     control = condition.control(condition.extract(to_tensor(picture)[None]))
