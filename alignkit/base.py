@@ -232,6 +232,11 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return images.clamp(0, 1).detach() + (images - images.detach())
 
 
+def pick_device(name: str) -> str:
+    """The device that a command was told: "auto" takes a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def load_base(
     pretrained_model_name_or_path: str,
     *,

@@ -1,7 +1,7 @@
 """`alignkit evaluate ...`: figures by the evaluator, never by what was optimised."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
@@ -89,7 +89,7 @@ def reward(
         row = {"model": name or "base", **settings, "world_hash": measure.world_hash(), **summary(scores, reference)}
         rows.append(row)
         print(json.dumps(row, indent=1))
-        if results and name != "base":
+        if results and name:
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"base": rows[0], "lora": row}) + "\n")
     return rows
@@ -171,7 +171,7 @@ def controllability(
     """
     import torch
 
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
     from alignkit.conditions import build_condition
     from alignkit.conditions import score as score_condition
     from alignkit.controlnet import draw_controlled, load_controlnet
@@ -179,14 +179,13 @@ def controllability(
     from alignkit.emoji import measure, resolve
     from alignkit.rewards.clip import ClipEncoder
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     model = evaluator or EVALUATORS.get(condition)
     judge = build_condition(condition, evaluator=True, **({"model": model} if model else {})).to(device)
     data = open_controls(data_dir, judge)
     encoder = ClipEncoder(resolve(clip)).to(device)
     loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
-    _, height, width = loaded.latent_shape()
-    size = (height * loaded.vae_scale_factor, width * loaded.vae_scale_factor)
+    size = loaded.image_size()
     number = number if data.size is None else min(number, data.size)
     generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
     examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
@@ -214,7 +213,7 @@ def controllability(
     for name in ("real", *controlnet):
         if name == "real":
             with torch.no_grad():
-                images = measure.in_batches(lambda x: loaded.decode(loaded.encode(x)), real)
+                images = torch.cat([loaded.decode(loaded.encode(some)) for some in real.split(batch_size)])
         else:
             images = draw_controlled(
                 loaded,
@@ -265,6 +264,8 @@ def alignment(
     guidance_scale: float = 5.0,
     images_per_prompt: int = 2,
     seed: int = 0,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output_dir: str = "outputs/alignment",
 ) -> dict:
     """Compare a customised model with and without AlignIT, and with the base drawing the class noun.
@@ -285,6 +286,8 @@ def alignment(
         guidance_scale: Of classifier-free guidance.
         images_per_prompt: With consecutive seeds.
         seed: Of the first image of each prompt.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
+        dtype: Precision of the models that draw.
         output_dir: Where scores.json and the pictures go.
     """
     from pathlib import Path
@@ -294,7 +297,7 @@ def alignment(
 
     from alignkit import alignment as parts
     from alignkit.artifacts import atomic, save_json
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
     from alignkit.customized import load
     from alignkit.data import load_image, read_concept_images, read_prompts
 
@@ -304,10 +307,11 @@ def alignment(
         raise ValueError(f"{prompts}: expected one {{}} for the concept in every prompt, got {wrong[0]!r}.")
     if clip is None and model != "emoji":
         raise ValueError("clip: expected a folder or Hub name of a CLIP; only the emoji world has a judge of its own.")
-    base = load_base(model).pipeline()
-    customized = load(load_base(model).pipeline(), concept, phrase, class_noun)
+    options = {"device": pick_device(device), "dtype": getattr(torch, dtype)}
+    base = load_base(model, **options).pipeline()
+    customized = load(load_base(model, **options).pipeline(), concept, phrase, class_noun)
     settings = parts.Settings(num_inference_steps, guidance_scale, seed, images_per_prompt)
-    embed_images, embed_texts = _judge(clip)
+    embed_images, embed_texts = text_image_judge(clip, options["device"])
     side = base.unet.config.sample_size * base.vae_scale_factor
     shown = torch.stack([load_image(image.path, side) for image in read_concept_images(images, side)[0]])
     rest = [" ".join(prompt.replace("{}", "").split()) for prompt in asked for _ in range(images_per_prompt)]
@@ -344,19 +348,25 @@ def alignment(
     return scores
 
 
-def _judge(clip: str | None):
-    """Functions to embed images and texts."""
+def text_image_judge(clip: str | None, device: str = "cpu") -> tuple[Callable, Callable]:
+    """Of images [N, 3, H, W] in [0, 1], and of N texts, embeddings [N, D] of unit length; all on the CPU but the work.
+
+    `clip`: a folder or Hub name of a CLIP, or None for the emoji world's evaluator.
+    """
+    import torch
+
+    from alignkit.emoji.measure import in_batches
+
     if clip is None:
         from alignkit.emoji.evaluator import Evaluator
 
         evaluator = Evaluator()
-        return evaluator.embed_images, evaluator.embed_texts
-    import torch
-
+        return lambda images: in_batches(evaluator.embed_images, images), evaluator.embed_texts
     from alignkit.rewards.clip import ClipEncoder
 
-    encoder = ClipEncoder(clip)
-    return torch.no_grad()(encoder.embed_images), encoder.embed_prompts
+    encoder = ClipEncoder(clip).to(device)
+    embed = torch.no_grad()(lambda images: encoder.embed_images(images.to(device)).cpu())
+    return lambda images: in_batches(embed, images), lambda texts: encoder.embed_prompts(texts).cpu()
 
 
 def manipulation(
@@ -366,6 +376,7 @@ def manipulation(
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
     seed: int = 0,
+    device: str = "auto",
     output: str = "outputs/manipulation.png",
 ) -> None:
     """Draw a grid: keys from one word (rows), values from another (columns); AlignIT's semantic manipulation.
@@ -377,20 +388,22 @@ def manipulation(
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
         seed: Of the noise, the same in all pictures.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         output: PNG to write.
     """
     from diffusers.utils import make_image_grid, numpy_to_pil
 
     from alignkit import alignment as parts
     from alignkit.artifacts import atomic
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
 
     if prompt.count("{}") != 1 or len(source) < 2:
         raise ValueError(
             f"Expected a prompt with one {{}} and at least two sources, got {prompt!r} and {list(source)}."
         )
     settings = parts.Settings(num_inference_steps, guidance_scale, seed)
-    images = parts.manipulation(load_base(model).pipeline(), prompt, source, settings)
+    pipe = load_base(model, device=pick_device(device)).pipeline()
+    images = parts.manipulation(pipe, prompt, source, settings)
     pictures = numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
     with atomic(output) as temporary:
         make_image_grid(pictures, rows=len(source), cols=len(source)).save(temporary, "PNG")
