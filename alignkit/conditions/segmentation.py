@@ -22,7 +22,8 @@ from alignkit.conditions.condition import Condition, model_input
 from alignkit.conditions.models import load_model, preprocessing, refuse_incomplete
 from alignkit.emoji import resolve
 
-IGNORE = 255  # of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff
+# Of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff; also where there are more classes.
+IGNORE = 255
 
 
 class Segmentation(Condition):
