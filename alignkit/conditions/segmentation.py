@@ -85,7 +85,8 @@ class Segmentation(Condition):
                 "survive resizing, so convert palette or RGB labels to numbers"
             )
         labels = torch.from_numpy(np.asarray(picture).astype(np.int64))
-        unknown = labels[(labels >= self.num_classes) & (labels != IGNORE)].unique().tolist()
+        known = (labels >= 0) & (labels < self.num_classes) | (labels == IGNORE)
+        unknown = labels[~known].unique().tolist()
         if unknown:
             raise ValueError(
                 f"expected classes 0 to {self.num_classes - 1}, or {IGNORE} for unlabelled, got {unknown[:5]}"
