@@ -164,7 +164,7 @@ def controllability(
         negative_prompt: What to steer away from.
         controlnet_conditioning_scale: Strength of the ControlNet's residuals.
         seed: Of the noise: image i starts from seed + i.
-        batch_size: Images drawn at once.
+        batch_size: Images drawn, encoded and judged at once.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the base that draws.
         results: JSONL file to append one line per row to.
@@ -187,14 +187,7 @@ def controllability(
     loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
     size = loaded.image_size()
     number = number if data.size is None else min(number, data.size)
-    generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
-    examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
-    prompts = [example.prompt for example in examples]
-    real = torch.stack([example.image for example in examples]).to(device)
-    targets = [
-        judge.extract(image[None])[0] if e.target is None else e.target for e, image in zip(examples, real, strict=True)
-    ]
-    targets = torch.stack([target.to(device) for target in targets])
+    prompts, real, targets = _first_examples(data, judge, number, size, device)
     with torch.no_grad():
         features = measure.in_batches(encoder.embed_images, real)
     settings = {
@@ -225,13 +218,28 @@ def controllability(
                 batch_size=batch_size,
                 **settings,
             )
-        scores = score_condition(judge, images, targets) | image_scores(encoder, images, prompts, features)
+        scores = score_condition(judge, images, targets, batch_size)
+        scores |= image_scores(encoder, images, prompts, features)
         rows.append({"model": name, **shared, **{key: round(value, 5) for key, value in scores.items()}})
         print(json.dumps(rows[-1], indent=1))
     if results:
         with open(results, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
+
+
+def _first_examples(data, judge, number: int, size: tuple[int, int], device: str) -> tuple:
+    """Prompts, images [N, 3, H, W] and targets [N, H, W] of the first rows; the judge reads what the data has not."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
+    examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
+    images = torch.stack([example.image for example in examples]).to(device)
+    targets = [
+        judge.extract(image[None])[0] if example.target is None else example.target.to(device)
+        for example, image in zip(examples, images, strict=True)
+    ]
+    return [example.prompt for example in examples], images, torch.stack(targets)
 
 
 def image_scores(encoder, images, prompts: list[str], real_features) -> dict[str, float]:
