@@ -205,7 +205,7 @@ def _popen(command: list[str], log: Any) -> subprocess.Popen:
 
 
 def _spawn(path: Path, method: str) -> None:
-    with open(path / LOG, "ab") as log:
+    with open(path / LOG, "wb") as log:  # of this process alone, as its last words say how it ended
         process = _popen(_command(path, method), log)
     born = psutil.Process(process.pid).create_time()  # a pid alone may be another process by tomorrow
     save_json({"method": method, "pid": process.pid, "born": born}, path / RECORD)

@@ -484,6 +484,11 @@ assert psutil.Process(record["pid"]).create_time() == record["born"]
 def test_a_trainer_s_complaint_is_the_runs_message(tmp_path, toy):
     run = jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 0", EMOJI)
     assert wait_for(tmp_path, run, "failed").message == "max_train_steps: expected at least 1, got 0"
+    (tmp_path / run / jobs.CONFIG).write_text("max_train_steps: 4000\nwait: 0.02")
+    jobs.resume(tmp_path, run, EMOJI)
+    wait_for(tmp_path, run, "running", steps=1)
+    jobs.running(tmp_path / run).kill()  # which says nothing, and what was said before was mended
+    assert "resume goes on" in wait_for(tmp_path, run, "stopped").message
 
 
 def test_a_dry_run_measures_and_leaves_nothing(tmp_path, toy):
