@@ -198,7 +198,7 @@ class Composed:
                 "its own class of diffusers."
             )
         loaded = load_controlnet(str(net), unet, self.base.vae_scale_factor).requires_grad_(False).eval()
-        return nn.Module.to(loaded, unet.dtype)  # diffusers' own .to(dtype) warns about layers it does not have
+        return loaded if unet.dtype == loaded.dtype else loaded.to(unet.dtype)
 
     def unload(self) -> Any:
         """Takes out again what was loaded; returns the pipeline, as it was."""
