@@ -134,7 +134,6 @@ def train(cfg: Config) -> Path:
     base = run.load_base(hooked=True)
     base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     if cfg.gradient_checkpointing:
-        base.unet.train()  # where diffusers looks whether to; these models have no dropout
         base.unet.enable_gradient_checkpointing()
     concept = create(
         cfg.method,
@@ -202,9 +201,7 @@ class Data:
 
     def __init__(self, cfg: Config, base: Base, concept: Concept):
         self.cfg, self.base, self.concept, self.towers = cfg, base, concept, towers(base)
-        factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
-        resolution = cfg.resolution or base.latent_shape()[1] * factor
-        base.latent_shape(resolution, resolution)  # raises where it does not divide
+        resolution = base.image_size(cfg.resolution, cfg.resolution)[0]
         self.resolution, self.conditions = resolution, {}
         self.images, self.odd = read_concept_images(cfg.train_data_dir, resolution, cfg.placeholder_token)
         for text in [*cfg.templates, *cfg.validation_prompts, *(i.caption for i in self.images if i.caption)]:
