@@ -160,6 +160,8 @@ def open_image(path: str | Path) -> Image.Image:
     """The picture as people see it: turned as its EXIF says, RGB, transparency on white."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # which Pillow cuts at 255: nearly all of it would be white
+            image = image.point(lambda value: value / 256).convert("L")
         if image.mode == "P" or "A" in image.getbands():
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -129,6 +129,8 @@ def test_images_keep_their_aspect_turn_as_exif_says_and_stand_on_white(tmp_path)
     assert image_shape(tmp_path / "turned.jpg") == (60, 30) and image_shape(tmp_path / "wide.png") == (30, 60)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert [open_image(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 # Images of several shapes
