@@ -161,13 +161,13 @@ def plot_maps(
 
 
 def mean_map(found: AttentionRecord) -> Tensor:
-    """[S, h, w] of the finest layer's size, averaged over the layers."""
+    """[S, h, w] of the finest layer's size, averaged over the layers; on the CPU."""
     size = max((m.shape[-2:] for m in found.maps.values()), key=lambda shape: shape[0] * shape[1])
     scaled = [
         torch.nn.functional.interpolate(m[None], size=size, mode="bilinear", align_corners=False)[0]
         for m in found.maps.values()
     ]
-    return torch.stack(scaled).mean(0)
+    return torch.stack(scaled).mean(0).cpu()
 
 
 def prompt_tokens(pipe: Any, text: str, concept: Concept | None = None) -> list[tuple[str, int]]:

@@ -248,6 +248,11 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return images.clamp(0, 1).detach() + (images - images.detach())
 
 
+def pick_device(name: str) -> str:
+    """The device that a command was told: "auto" takes a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def load_base(
     pretrained_model_name_or_path: str,
     *,
@@ -306,7 +311,7 @@ def load_base(
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
             part.model_max_length = min(part.model_max_length, encoder.config.max_position_embeddings)
     if dtype == torch.float16 and pipe.vae.config.force_upcast:
-        pipe.vae.float()
+        _keep_in_float32(pipe.vae)
     # Refuses a model whose own schedule has no closed form: from its config, DDIM would make another one.
     is_flow = NoiseSchedule.from_scheduler(pipe.scheduler).is_flow
     # clip_sample is DDIM's default, but a clamp to [-1, 1] is for models of pixels, not of latents.
@@ -414,6 +419,14 @@ def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str
             f"{path} is incomplete: tensors of a model of the family {family.label} are missing."
         ) from error
     return pipe
+
+
+def _keep_in_float32(vae: AutoencoderKL) -> None:
+    """Of half-precision tensors too, which is how stock pipelines hand it their latents."""
+    vae.float()
+    for part in (vae.encoder, vae.decoder, vae.post_quant_conv):
+        if part is not None:
+            part.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
 
 
 def _refuse_incomplete(pipe: DiffusionPipeline, path: str) -> None:

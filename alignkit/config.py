@@ -47,6 +47,11 @@ class LoraConfig:
         _require(len(self.target_modules) > 0, "lora.target_modules", "at least one name", self.target_modules)
         _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
 
+    @property
+    def lora_alpha(self) -> float:
+        """As PEFT has it: a number."""
+        return self.rank if self.alpha is None else self.alpha
+
 
 @dataclass
 class RunConfig:
@@ -214,12 +219,15 @@ def _with_values(cls: type, argv: list[str]) -> list[str]:
     lists = {name for name, kind in kinds.items() if typing.get_origin(kind) is list}
     complete = []
     for argument, following in zip(argv, [*argv, "--"][1:], strict=True):
-        name = argument.removeprefix("--").replace("-", "_")
-        is_switch = argument.startswith("--") and name in switches
-        if argument.startswith("--") and name in lists:
+        if not argument.startswith("--"):
+            complete.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if name in lists:
             complete += [f"--{name}", "[]"]
-        complete.append(f"--{name}" if is_switch else argument)
-        if is_switch and following.startswith("--"):
+        complete.append(f"--{name}{equals}{value}")
+        if name in switches and not equals and following.startswith("--"):
             complete.append("true")
     return complete
 

@@ -20,13 +20,13 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from alignkit.conditions import Condition
-from alignkit.data import image_shape
+from alignkit.data import UNREADABLE, image_shape, numbered_lines, open_image, to_tensor
 
 METADATA = "metadata.jsonl"
 SHOWN_ERRORS = 5
@@ -177,10 +177,8 @@ def fit_to(picture: Tensor, size: tuple[int, int], at: tuple[float, float]) -> T
 
 
 def read_image(path: Path) -> Tensor:
-    """[3,H,W] in [0,1], turned as its EXIF says."""
-    with Image.open(path) as picture:
-        array = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    """[3,H,W] in [0,1], as people see it."""
+    return to_tensor(open_image(path))
 
 
 def read_target(path: Path, condition: Condition) -> Tensor:
@@ -231,8 +229,7 @@ def read_metadata(folder: Path, column: str | None) -> Iterator[tuple[Row, str]]
             f"There is no {path} (seen from {Path.cwd()}): expected a line such as "
             '{"image": "0001.jpg", "text": "a cat"} for every image.'
         )
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = numbered_lines(path)
     if not numbered:
         raise ValueError(f"{path} is empty: expected a line for every image.")
     for number, line in numbered:
@@ -276,7 +273,7 @@ def attempt(read: Callable[[Path], Tensor], path: Path) -> tuple[Tensor | None, 
         return None, "there is no such file"
     try:
         return read(path), None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on a broken PNG
+    except UNREADABLE as error:
         return None, f"not a readable image: {error}"
     except ValueError as error:
         return None, str(error)

@@ -8,6 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from PIL import ExifTags, Image, ImageOps
+
+# What Pillow raises of a picture that it cannot read; SyntaxError is of a broken PNG.
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -39,8 +44,7 @@ def read_prompts(path: str | Path) -> Prompts:
         raise ValueError(f"Expected a prompt file that ends in .txt or .jsonl, got {path}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {path} (seen from {Path.cwd()}).")
-    text = path.read_text(encoding="utf-8-sig")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = numbered_lines(path)
     if not lines:
         raise ValueError(f"The prompt file {path} is empty: expected a prompt a line.")
     if path.suffix == ".txt":
@@ -55,6 +59,15 @@ def read_prompts(path: str | Path) -> Prompts:
             )
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     return Prompts(columns.pop("prompt"), columns)
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers.
+
+    Not by `splitlines`, which also cuts at U+2028 and its kin, that JSON may hold within a string.
+    """
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:
@@ -120,15 +133,14 @@ def read_concept_images(
 
 def check_concept_image(
     path: Path, resolution: int, placeholder_token: str | None = None
-) -> tuple[ConceptImage, Any, list[str]]:
+) -> tuple[ConceptImage, Image.Image | None, list[str]]:
     """The image with its caption and mask; its pixels, None where they cannot be read; what is wrong, in sentences."""
     mask, text = path.parent / "masks" / f"{path.stem}.png", path.with_suffix(".txt")
     caption = " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else None
     found, wrong = ConceptImage(path, caption, mask if mask.is_file() else None), []
-    unreadable = (OSError, ValueError, SyntaxError)  # SyntaxError: Pillow's of a broken PNG
     try:
         image = open_image(path)
-    except unreadable as error:
+    except (ValueError, *UNREADABLE) as error:
         return found, None, [f"{path.name} cannot be read ({error})"]
     if 4 * min(image.size) < resolution:
         wrong.append(f"{path.name} has {image.width} x {image.height} pixels: expected at least {resolution // 4}")
@@ -137,19 +149,19 @@ def check_concept_image(
             size = open_image(mask).size
             if size != image.size:
                 wrong.append(f"masks/{mask.name} has another size than {path.name}")
-        except unreadable as error:
+        except (ValueError, *UNREADABLE) as error:
             wrong.append(f"masks/{mask.name} cannot be read ({error})")
     if caption is not None and placeholder_token and placeholder_token not in caption:
         wrong.append(f"{text.name} does not hold the placeholder {placeholder_token}: {caption!r}")
     return found, image, wrong
 
 
-def open_image(path: str | Path) -> Any:
+def open_image(path: str | Path) -> Image.Image:
     """The picture as people see it: turned as its EXIF says, RGB, transparency on white."""
-    from PIL import Image, ImageOps
-
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # which Pillow cuts at 255: nearly all of it would be white
+            image = image.point(lambda value: value / 256).convert("L")
         if image.mode == "P" or "A" in image.getbands():
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -158,8 +170,6 @@ def open_image(path: str | Path) -> Any:
 
 def image_shape(path: str | Path) -> tuple[int, int]:
     """(height, width) of the picture as people see it, from the file's header."""
-    from PIL import ExifTags, Image
-
     with Image.open(path) as image:
         width, height = image.size
         lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # to be turned by a quarter
@@ -168,12 +178,15 @@ def image_shape(path: str | Path) -> tuple[int, int]:
 
 def load_image(path: str | Path, resolution: int) -> Any:
     """[3, resolution, resolution] in [0, 1]: the shorter side is scaled to the resolution, the middle is kept."""
+    return to_tensor(ImageOps.fit(open_image(path), (resolution, resolution), Image.Resampling.BICUBIC))
+
+
+def to_tensor(picture: Image.Image) -> Any:
+    """[3, H, W] in [0, 1] of an RGB picture."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
 
-    image = ImageOps.fit(open_image(path), (resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def check_concept(folder: str | Path, resolution: int = 512, placeholder_token: str | None = None) -> list[str]:

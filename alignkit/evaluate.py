@@ -1,7 +1,7 @@
 """`alignkit evaluate ...`: figures by the evaluator, never by what was optimised."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
@@ -89,7 +89,7 @@ def reward(
         row = {"model": name or "base", **settings, "world_hash": measure.world_hash(), **summary(scores, reference)}
         rows.append(row)
         print(json.dumps(row, indent=1))
-        if results and name != "base":
+        if results and name:
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"base": rows[0], "lora": row}) + "\n")
     return rows
@@ -164,14 +164,14 @@ def controllability(
         negative_prompt: What to steer away from.
         controlnet_conditioning_scale: Strength of the ControlNet's residuals.
         seed: Of the noise: image i starts from seed + i.
-        batch_size: Images drawn at once.
+        batch_size: Images drawn, encoded and judged at once.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the base that draws.
         results: JSONL file to append one line per row to.
     """
     import torch
 
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
     from alignkit.conditions import build_condition
     from alignkit.conditions import score as score_condition
     from alignkit.controlnet import draw_controlled, load_controlnet
@@ -179,7 +179,7 @@ def controllability(
     from alignkit.emoji import measure, resolve
     from alignkit.rewards.clip import ClipEncoder
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     model = evaluator or EVALUATORS.get(condition)
     judge = build_condition(condition, evaluator=True, **({"model": model} if model else {})).to(device)
     data = open_controls(data_dir, judge)
@@ -187,14 +187,7 @@ def controllability(
     loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
     size = loaded.image_size()
     number = number if data.size is None else min(number, data.size)
-    generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
-    examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
-    prompts = [example.prompt for example in examples]
-    real = torch.stack([example.image for example in examples]).to(device)
-    targets = [
-        judge.extract(image[None])[0] if e.target is None else e.target for e, image in zip(examples, real, strict=True)
-    ]
-    targets = torch.stack([target.to(device) for target in targets])
+    prompts, real, targets = _first_examples(data, judge, number, size, device)
     with torch.no_grad():
         features = measure.in_batches(encoder.embed_images, real)
     settings = {
@@ -215,7 +208,7 @@ def controllability(
     for name in ("real", *controlnet):
         if name == "real":
             with torch.no_grad():
-                images = measure.in_batches(lambda x: loaded.decode(loaded.encode(x)), real)
+                images = torch.cat([loaded.decode(loaded.encode(some)) for some in real.split(batch_size)])
         else:
             images = draw_controlled(
                 loaded,
@@ -227,13 +220,28 @@ def controllability(
                 batch_size=batch_size,
                 **settings,
             )
-        scores = score_condition(judge, images, targets) | image_scores(encoder, images, prompts, features)
+        scores = score_condition(judge, images, targets, batch_size)
+        scores |= image_scores(encoder, images, prompts, features)
         rows.append({"model": name, **shared, **{key: round(value, 5) for key, value in scores.items()}})
         print(json.dumps(rows[-1], indent=1))
     if results:
         with open(results, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
+
+
+def _first_examples(data, judge, number: int, size: tuple[int, int], device: str) -> tuple:
+    """Prompts, images [N, 3, H, W] and targets [N, H, W] of the first rows; the judge reads what the data has not."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(EVALUATION_SEED + i) for i in range(number)]
+    examples = [data.example(i, size, generator) for i, generator in enumerate(generators)]
+    images = torch.stack([example.image for example in examples]).to(device)
+    targets = [
+        judge.extract(image[None])[0] if example.target is None else example.target.to(device)
+        for example, image in zip(examples, images, strict=True)
+    ]
+    return [example.prompt for example in examples], images, torch.stack(targets)
 
 
 def image_scores(encoder, images, prompts: list[str], real_features) -> dict[str, float]:
@@ -266,6 +274,8 @@ def alignment(
     guidance_scale: float = 5.0,
     images_per_prompt: int = 2,
     seed: int = 0,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output_dir: str = "outputs/alignment",
 ) -> dict:
     """Compare a customised model with and without AlignIT, and with the base drawing the class noun.
@@ -286,6 +296,8 @@ def alignment(
         guidance_scale: Of classifier-free guidance.
         images_per_prompt: With consecutive seeds.
         seed: Of the first image of each prompt.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
+        dtype: Precision of the models that draw.
         output_dir: Where scores.json and the pictures go.
     """
     from pathlib import Path
@@ -295,7 +307,7 @@ def alignment(
 
     from alignkit import alignment as parts
     from alignkit.artifacts import atomic, save_json
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
     from alignkit.customized import load
     from alignkit.data import load_image, read_concept_images, read_prompts
 
@@ -305,10 +317,11 @@ def alignment(
         raise ValueError(f"{prompts}: expected one {{}} for the concept in every prompt, got {wrong[0]!r}.")
     if clip is None and model != "emoji":
         raise ValueError("clip: expected a folder or Hub name of a CLIP; only the emoji world has a judge of its own.")
-    base = load_base(model).pipeline()
-    customized = load(load_base(model).pipeline(), concept, phrase, class_noun)
+    options = {"device": pick_device(device), "dtype": getattr(torch, dtype)}
+    base = load_base(model, **options).pipeline()
+    customized = load(load_base(model, **options).pipeline(), concept, phrase, class_noun)
     settings = parts.Settings(num_inference_steps, guidance_scale, seed, images_per_prompt)
-    embed_images, embed_texts = _judge(clip)
+    embed_images, embed_texts = text_image_judge(clip, options["device"])
     side = base.unet.config.sample_size * base.vae_scale_factor
     shown = torch.stack([load_image(image.path, side) for image in read_concept_images(images, side)[0]])
     rest = [" ".join(prompt.replace("{}", "").split()) for prompt in asked for _ in range(images_per_prompt)]
@@ -345,19 +358,25 @@ def alignment(
     return scores
 
 
-def _judge(clip: str | None):
-    """Functions to embed images and texts."""
+def text_image_judge(clip: str | None, device: str = "cpu") -> tuple[Callable, Callable]:
+    """Of images [N, 3, H, W] in [0, 1], and of N texts, embeddings [N, D] of unit length; all on the CPU but the work.
+
+    `clip`: a folder or Hub name of a CLIP, or None for the emoji world's evaluator.
+    """
+    import torch
+
+    from alignkit.emoji.measure import in_batches
+
     if clip is None:
         from alignkit.emoji.evaluator import Evaluator
 
         evaluator = Evaluator()
-        return evaluator.embed_images, evaluator.embed_texts
-    import torch
-
+        return lambda images: in_batches(evaluator.embed_images, images), evaluator.embed_texts
     from alignkit.rewards.clip import ClipEncoder
 
-    encoder = ClipEncoder(clip)
-    return torch.no_grad()(encoder.embed_images), encoder.embed_prompts
+    encoder = ClipEncoder(clip).to(device)
+    embed = torch.no_grad()(lambda images: encoder.embed_images(images.to(device)).cpu())
+    return lambda images: in_batches(embed, images), lambda texts: encoder.embed_prompts(texts).cpu()
 
 
 def manipulation(
@@ -367,6 +386,7 @@ def manipulation(
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
     seed: int = 0,
+    device: str = "auto",
     output: str = "outputs/manipulation.png",
 ) -> None:
     """Draw a grid: keys from one word (rows), values from another (columns); AlignIT's semantic manipulation.
@@ -378,20 +398,22 @@ def manipulation(
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
         seed: Of the noise, the same in all pictures.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         output: PNG to write.
     """
     from diffusers.utils import make_image_grid, numpy_to_pil
 
     from alignkit import alignment as parts
     from alignkit.artifacts import atomic
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
 
     if prompt.count("{}") != 1 or len(source) < 2:
         raise ValueError(
             f"Expected a prompt with one {{}} and at least two sources, got {prompt!r} and {list(source)}."
         )
     settings = parts.Settings(num_inference_steps, guidance_scale, seed)
-    images = parts.manipulation(load_base(model).pipeline(), prompt, source, settings)
+    pipe = load_base(model, device=pick_device(device)).pipeline()
+    images = parts.manipulation(pipe, prompt, source, settings)
     pictures = numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
     with atomic(output) as temporary:
         make_image_grid(pictures, rows=len(source), cols=len(source)).save(temporary, "PNG")

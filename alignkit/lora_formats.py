@@ -16,6 +16,7 @@ diffusers and one in FLUX's original code become one update, block by block, as 
 SD3 has names of kohya's too, but stock diffusers does not read them, so nothing here could check what was written.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from alignkit import emoji
-from alignkit.artifacts import LORA_WEIGHTS, load_tensors, save_tensors
+from alignkit.artifacts import LORA_WEIGHTS, load_tensors, read_metadata, save_tensors
 from alignkit.base import family_of
 from alignkit.families import FAMILIES
 from alignkit.random_init import ARCHITECTURES
@@ -305,12 +306,7 @@ def _apart(layer: Layer, names: list[str], network: Network, path: Path) -> list
 
 def _header(path: Path) -> dict:
     """alpha as PEFT's config in diffusers' header has it: <part>.lora_alpha, <part>.alpha_pattern."""
-    import json
-
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
 
 
 def _kohya_header(lora: Lora, network: Network) -> dict[str, str]:

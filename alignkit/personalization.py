@@ -33,6 +33,7 @@ def evaluate(
     truncation: int | None = None,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
+    device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output_dir: str | None = None,
     results: str | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         truncation: Units of the mapper that are kept.
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
+        device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the model that draws.
         output_dir: Folder for a grid of pictures of each concept: a row a prompt, a column a seed.
         results: JSONL file to append one line per concept to.
@@ -60,10 +62,11 @@ def evaluate(
     import torch
 
     from alignkit.artifacts import save_strip
-    from alignkit.base import load_base
+    from alignkit.base import load_base, pick_device
     from alignkit.concepts import load
     from alignkit.data import read_prompts
     from alignkit.metrics import table
+    from alignkit.rewards import unique
 
     if len(concept) != len(images) or not concept:
         raise ValueError(f"Expected a folder of images for each concept, got {len(concept)} and {len(images)}.")
@@ -73,20 +76,22 @@ def evaluate(
     if any("{}" not in text for text in texts):
         raise ValueError(f"prompts: expected {{}} in the placeholder's place in every line of {prompts}.")
     loaded = [load(path) for path in concept]
-    base = load_base(model, dtype=getattr(torch, dtype))
+    device = pick_device(device)
+    base = load_base(model, device=device, dtype=getattr(torch, dtype))
     for one in loaded:
         one.concepts[0].check(base)
-    scorer, rows = _Scorer(evaluator, dino), []
+    scorer, rows = _Scorer(evaluator, dino, device), []
+    grids = unique([Path(name).resolve().name for name in concept])
     settings = {"seeds": seeds, "truncation": truncation, "num_inference_steps": num_inference_steps}
     settings |= {"guidance_scale": guidance_scale, "dtype": dtype, "protocol": protocol, "evaluator": scorer.name}
-    for name, one, folder in zip(concept, loaded, images, strict=True):
+    for name, grid, one, folder in zip(concept, grids, loaded, images, strict=True):
         drawn = draw_concept(base, one, texts, seeds, truncation, num_inference_steps, guidance_scale)
         real = real_images(folder, drawn.shape[-1])
         scores = scorer(drawn, real, [text for text in texts for _ in range(seeds)], one.concepts[0], protocol)
         figures = {figure: round(float(values.mean()), 4) for figure, values in scores.items()}
         rows.append({"concept": str(name), **settings, "num_images": len(drawn), **figures})
         if output_dir:
-            save_strip(Path(output_dir) / f"{Path(name).resolve().name}.png", drawn.split(seeds))
+            save_strip(Path(output_dir) / f"{grid}.png", drawn.split(seeds))
         if results:
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
@@ -113,7 +118,7 @@ def draw_concept(base, concepts, texts, seeds, truncation=None, num_inference_st
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
                     output_type="pt",
-                ).images
+                ).images.cpu()
             )
     return torch.cat(drawn).float().clamp(0, 1)
 
@@ -129,56 +134,50 @@ def real_images(folder: str, resolution: int):
 class _Scorer:
     """Image and text similarity of a concept's images by one CLIP: the emoji world's evaluator, or any."""
 
-    def __init__(self, path: str | None, dino: str | None = None):
+    def __init__(self, path: str | None, dino: str | None = None, device: str = "cpu"):
+        from alignkit.evaluate import text_image_judge
+
         self.name, self.dino, self.identity = path or "emoji", None, None
+        self.embed_images, self.embed_texts = text_image_judge(path, device)
         if path is None:
             from alignkit.emoji.evaluator import Evaluator
-            from alignkit.emoji.measure import in_batches
 
-            judge = Evaluator()
-            self.embed_images = lambda images: in_batches(judge.embed_images, images)
-            self.embed_texts, self.identity = judge.embed_texts, judge.embed_identity
-        else:
-            from alignkit.rewards.clip import ClipEncoder
-
-            clip = ClipEncoder(path)
-            self.embed_images, self.embed_texts = clip.embed_images, clip.embed_prompts
+            self.identity = Evaluator().embed_identity
         if dino:
-            self.dino = _dino(dino)
+            self.dino = _dino(dino, device)
 
     def __call__(self, drawn, real, texts, concept, protocol) -> dict:
         """[N] tensors."""
-        import torch
-
         from alignkit.metrics import image_similarity, scored_text, text_similarity
 
         word, noun = concept.placeholder_token, concept.super_category_token
         told = [scored_text(text.replace("{}", word), word, noun, protocol) for text in texts]
-        with torch.no_grad():
-            embeds = self.embed_images(drawn)
-            scores = {
-                "image_similarity": image_similarity(embeds, self.embed_images(real)),
-                "text_similarity": text_similarity(embeds, self.embed_texts(told), protocol),
-            }
-            for name, embed in (("identity", self.identity), ("dino", self.dino)):
-                if embed:
-                    scores[name] = image_similarity(embed(drawn), embed(real))
+        embeds = self.embed_images(drawn)
+        scores = {
+            "image_similarity": image_similarity(embeds, self.embed_images(real)),
+            "text_similarity": text_similarity(embeds, self.embed_texts(told), protocol),
+        }
+        for name, embed in (("identity", self.identity), ("dino", self.dino)):
+            if embed:
+                scores[name] = image_similarity(embed(drawn), embed(real))
         return scores
 
 
-def _dino(path: str):
-    """Images [N, 3, H, W] in [0, 1] -> the class token, unit length (Caron et al. 2021)."""
+def _dino(path: str, device: str):
+    """Images [N, 3, H, W] in [0, 1] -> the class token, unit length (Caron et al. 2021), on the CPU."""
     import torch
     from transformers import AutoModel
 
     from alignkit.artifacts import read_pretrained
-    from alignkit.rewards.clip import image_statistics, resize_and_crop
+    from alignkit.emoji.measure import in_batches
+    from alignkit.rewards.clip import IMAGENET_STATISTICS, fit, image_statistics
 
-    model = read_pretrained(AutoModel, path, unused=[r"^pooler\."]).eval()  # DINO's own weights have no pooler
-    mean, std = image_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    model = read_pretrained(AutoModel, path, unused=[r"^pooler\."]).eval().to(device)  # DINO's own have no pooler
+    mean, std = image_statistics(path, *IMAGENET_STATISTICS)
 
+    @torch.no_grad()
     def embed(images):
-        pixels = (resize_and_crop(images, model.config.image_size) - mean) / std
-        return torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
+        pixels = (fit(images, model.config.image_size) - mean) / std
+        return torch.nn.functional.normalize(model(pixels.to(device)).last_hidden_state[:, 0], dim=-1).cpu()
 
-    return embed
+    return lambda images: in_batches(embed, images)

@@ -80,10 +80,6 @@ class RewardTuningConfig(RunConfig):
                 f"logged with the others, got {self.validation_steps}"
             )
 
-    @property
-    def lora_alpha(self) -> float:
-        return self.lora.rank if self.lora.alpha is None else self.lora.alpha
-
 
 # What is trained, and on what
 
@@ -99,7 +95,8 @@ def load_tuned(run: Run, cfg: RewardTuningConfig, prompts: list[str]) -> tuple[B
     """The base with a LoRA, the LoRA's parameters, and the judges; ValueError for a prompt that the base cuts."""
     base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
     base.check_prompts([*prompts, cfg.negative_prompt])
-    lora = add_lora(base.network, cfg.lora.rank, cfg.lora_alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
+    c = cfg.lora
+    lora = add_lora(base.network, c.rank, c.lora_alpha, c.target_modules, c.dropout, cfg.seed)
     return base, lora, Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
 
 
@@ -135,13 +132,12 @@ class Judges(nn.Module):
 
 def lora_norm(lora: dict[str, nn.Parameter], cfg: LoraConfig) -> float:
     """Frobenius norm of all weight updates scale B A, by |B A|^2 = <B^T B, A A^T> without forming B A."""
-    scale = 1.0 if cfg.alpha is None else cfg.alpha / cfg.rank
     squared = 0.0
     for name, down in lora.items():
         if ".lora_A." in name:
             a, b = down.detach().flatten(1), lora[name.replace(".lora_A.", ".lora_B.")].detach().flatten(1)
             squared += float(((b.T @ b) * (a @ a.T)).sum())
-    return scale * math.sqrt(max(0.0, squared))
+    return cfg.lora_alpha / cfg.rank * math.sqrt(max(0.0, squared))
 
 
 # Validation

@@ -130,8 +130,8 @@ def reward_map(
     """
     import torch
     from captum.attr import IntegratedGradients, Saliency
-    from torchvision.transforms.functional import to_tensor
 
+    from alignkit.data import to_tensor
     from alignkit.rewards import build_reward
 
     if name not in REWARDS:

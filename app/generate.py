@@ -192,7 +192,9 @@ def adapter(name: str) -> str:
 
 
 def _version(path: Path) -> float:
-    return max((file.stat().st_mtime for file in path.glob("*.safetensors")), default=0.0)
+    """When a run's weights were written; DreamBooth's are in folders of their own."""
+    files = [file for part in ("", "unet", "text_encoder") for file in (path / part).glob("*.safetensors")]
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 # What there is to draw with
@@ -234,7 +236,8 @@ def extract_control(
     if is_map:
         return picture
     from diffusers.utils import numpy_to_pil
-    from torchvision.transforms.functional import to_tensor
+
+    from alignkit.data import to_tensor
 
     condition = _condition(models.folder, controlnet)
     control = condition.control(condition.extract(to_tensor(picture)[None]))
@@ -312,16 +315,18 @@ def draw(
 
 def _without_concepts(folder: Path, settings: Settings) -> str:
     """The prompt that the base alone is given: its own word in the place of a learnt one."""
-    prompt = settings.prompt
+    from alignkit.concepts.text import substitute
+
+    nouns = {}
     for run in settings.concepts:
         path = jobs.find(folder, run)
         if (path / "concept.json").is_file():
             said = load_json(path / "concept.json")
-            prompt = prompt.replace(said["phrase"], said["class_noun"])
+            nouns[said["phrase"]] = said["class_noun"]
         else:
             said = load_json(path / "config.json")
-            prompt = prompt.replace(said["placeholder_token"], said["super_category_token"])
-    return prompt
+            nouns[said["placeholder_token"]] = said["super_category_token"]
+    return substitute(settings.prompt, nouns)
 
 
 def with_settings(image: Image.Image, settings: Settings, control: Image.Image | None) -> Image.Image:

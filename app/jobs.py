@@ -4,6 +4,7 @@ A run is `<folder>/<method>/<name>`. The page writes job.yaml (its config) and j
 the trainer writes all else. Nothing is kept in memory, so a page that is started again sees what the one before saw.
 """
 
+import functools
 import os
 import re
 import signal
@@ -168,7 +169,15 @@ def _checked(folder: Path, config: str, bases: Mapping[str, str]) -> str:
 
 def check(folder: Path, config: dict[str, Any], bases: Mapping[str, str]) -> None:
     """Refuses a config that reaches out of the page."""
-    safety.check_config(config, ROOT, [ROOT / "configs", folder], {*bases, *bases.values()})
+    safety.check_config(config, ROOT, [ROOT / "configs", folder], {*bases, *bases.values()}, _models_of_presets())
+
+
+@functools.cache
+def _models_of_presets() -> frozenset[str]:
+    """What the project's own configs name beside bases and data: judges and ControlNets of the Hub, a palette."""
+    data = safety.PATHS - {"controlnet_model_name_or_path"} | {"output_dir"}
+    configs = [safety.read_config(text) for method in METHODS for text in presets(method).values()]
+    return frozenset(value for config in configs for key, _, value in safety.leaves(config) if key not in data)
 
 
 def _refuse_second(folder: Path) -> None:
@@ -196,7 +205,7 @@ def _popen(command: list[str], log: Any) -> subprocess.Popen:
 
 
 def _spawn(path: Path, method: str) -> None:
-    with open(path / LOG, "ab") as log:
+    with open(path / LOG, "wb") as log:  # of this process alone, as its last words say how it ended
         process = _popen(_command(path, method), log)
     born = psutil.Process(process.pid).create_time()  # a pid alone may be another process by tomorrow
     save_json({"method": method, "pid": process.pid, "born": born}, path / RECORD)
@@ -231,7 +240,8 @@ def _is_run(path: Path) -> bool:
 
 
 def _changed(path: Path) -> float:
-    return max((path / name).stat().st_mtime for name in (CONFIG, "events.jsonl") if (path / name).is_file())
+    files = [path / name for name in (CONFIG, "events.jsonl")]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)  # none, if it is being deleted
 
 
 def find(folder: Path, run: str) -> Path:

@@ -4,7 +4,7 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,12 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases: set[str]) -> None:
+def check_config(
+    config: dict[str, Any], root: Path, folders: list[Path], bases: set[str], models: Set[str] = frozenset()
+) -> None:
     """Refuses a config that names files outside `folders`, code, a base that the page does not offer, or a tracker.
 
-    `root`: where the trainers run, from which relative names lead.
+    `root`: where the trainers run, from which relative names lead. `models`: names that are taken besides.
     """
     if config.get("push_to_hub") or config.get("hub_model_id"):
         raise ValueError("push_to_hub: what is sent to others is sent from the command line.")
@@ -146,7 +148,7 @@ def check_config(config: dict[str, Any], root: Path, folders: list[Path], bases:
         if key == "pretrained_model_name_or_path":
             if value not in bases:
                 raise ValueError(f"{path}: this page does not offer {value!r}; --base on its command line does.")
-        elif value.startswith("emoji/") and ".." not in value or value in ("emoji", ""):
+        elif value.startswith("emoji/") and ".." not in value or value in ("emoji", "") or value in models:
             continue
         elif key in PATHS or not PLAIN.fullmatch(value):
             if ":" in value and "/" not in value:

@@ -75,7 +75,8 @@ def build(page: ui.Page) -> None:
     @ui.said
     def remove(run: str):
         jobs.delete(page.folder, run)
-        return *refresh()[:1], gr.Dropdown(jobs.runs(page.folder), value=None), refresh()[2], gr.Group(visible=False)
+        rows, _, several = refresh()
+        return rows, gr.Dropdown(jobs.runs(page.folder), value=None), several, gr.Group(visible=False)
 
     @ui.said
     def compare(runs: list[str], curve: str):

@@ -5,7 +5,6 @@ import html
 import inspect
 import logging
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ class Page:
     folder: Path
     bases: dict[str, str]
     models: Models
-    stops: dict[str, set[threading.Event]] = field(default_factory=lambda: defaultdict(set))
+    stops: dict[threading.Event, str] = field(default_factory=dict)  # of what is being done, with the session's name
     on_load: list[tuple[Callable, list]] = field(default_factory=list)
     """(function, outputs) of the tabs, for when somebody opens the page."""
 
@@ -86,19 +85,18 @@ def said(function: Callable) -> Callable:
 @contextmanager
 def stoppable(page: Page, request: gr.Request | None) -> Iterator[threading.Event]:
     """An event that the session's cancel button, or its end, sets."""
-    session, stop = _session(request), threading.Event()
-    page.stops[session].add(stop)
+    stop = threading.Event()
+    page.stops[stop] = _session(request)
     try:
         yield stop
     finally:
-        page.stops[session].discard(stop)
-        if not page.stops[session]:
-            page.stops.pop(session, None)
+        del page.stops[stop]
 
 
 def cancel(page: Page, request: gr.Request | None) -> None:
-    for stop in list(page.stops.get(_session(request), ())):
-        stop.set()
+    for stop, session in list(page.stops.items()):
+        if session == _session(request):
+            stop.set()
 
 
 def _session(request: gr.Request | None) -> str:

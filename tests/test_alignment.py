@@ -157,9 +157,9 @@ def test_command(tiny_model, pipe, tmp_path, monkeypatch):
     """`alignkit evaluate alignment` from files to pictures."""
     from alignkit.base import load_base
 
-    monkeypatch.setattr("alignkit.base.load_base", lambda name: load_base(tiny_model, random_init=True))
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, **own: load_base(tiny_model, random_init=True, **own))
     judge = (lambda images: images.mean((2, 3)), lambda texts: torch.ones(len(texts), 3))
-    monkeypatch.setattr(evaluate, "_judge", lambda clip: judge)
+    monkeypatch.setattr(evaluate, "text_image_judge", lambda clip, device: judge)
     folder = tmp_path / "concept"
     with_lora(pipe)
     save_lora(folder, pipe.unet)

@@ -342,16 +342,20 @@ def test_configs_of_ones_own_data_are_taken(tmp_path):
 
 
 def test_bundled_configs_are_taken(tmp_path):
-    """But for the data of NeTI's, which is drawn by a command first."""
+    """With their judges and ControlNets from the Hub; but for bases that are not offered, and data that is not here."""
     checked = 0
     for method in jobs.METHODS:
         for name, text in jobs.presets(method).items():
             config = safety.read_config(text)
-            if name.startswith("emoji") and method != "neti":
-                safety.check_config(config, ROOT, [ROOT / "configs", tmp_path], {"emoji"})
-                checked += 1
+            base = config["pretrained_model_name_or_path"]
+            data = {key: str(tmp_path / "data") for key in ("train_data_dir",) if config.get(key, "emoji") != "emoji"}
+            jobs.check(tmp_path, config | data, {base: base})
+            checked += 1
+            if base != "emoji":
+                with pytest.raises(ValueError, match="this page does not offer"):
+                    jobs.check(tmp_path, config | data, EMOJI)
             assert forms.about(text), f"{method}/{name} says nothing of itself"
-    assert checked >= 10
+    assert checked >= 20
 
 
 @pytest.mark.parametrize(
@@ -480,6 +484,11 @@ assert psutil.Process(record["pid"]).create_time() == record["born"]
 def test_a_trainer_s_complaint_is_the_runs_message(tmp_path, toy):
     run = jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 0", EMOJI)
     assert wait_for(tmp_path, run, "failed").message == "max_train_steps: expected at least 1, got 0"
+    (tmp_path / run / jobs.CONFIG).write_text("max_train_steps: 4000\nwait: 0.02")
+    jobs.resume(tmp_path, run, EMOJI)
+    wait_for(tmp_path, run, "running", steps=1)
+    jobs.running(tmp_path / run).kill()  # which says nothing, and what was said before was mended
+    assert "resume goes on" in wait_for(tmp_path, run, "stopped").message
 
 
 def test_a_dry_run_measures_and_leaves_nothing(tmp_path, toy):
@@ -681,6 +690,15 @@ def test_a_concept_is_drawn_and_its_noun_by_the_base(world):
     pictures = [plain, *drawn]
     for i, one in enumerate(pictures):
         assert all((one != other).any() for other in pictures[:i])
+
+
+def test_weights_that_were_written_anew_are_loaded_anew(tmp_path):
+    """DreamBooth's too, which lie in a folder of their own."""
+    for second, file in enumerate((tmp_path / "lora.safetensors", tmp_path / "unet" / "model.safetensors"), start=1):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (second, second))
+        assert generate._version(tmp_path) == second
 
 
 def test_a_controlnet_follows_what_is_read_off_a_picture(world):

@@ -265,6 +265,8 @@ def test_atomic_shows_all_or_nothing(tmp_path):
         (temporary / "a").write_text("a")
         assert not (tmp_path / "new").exists()
     assert (tmp_path / "new" / "a").read_text() == "a"
+    (tmp_path / ".tmp-new").mkdir()  # of a removal that was killed
+    (tmp_path / ".tmp-new" / "b").touch()
     remove(tmp_path / "new")
     remove(tmp_path / "new")
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]

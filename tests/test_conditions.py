@@ -138,6 +138,16 @@ def test_every_value_of_an_8_bit_map_and_its_inverse_is_read(make, name):
     expected = torch.arange(256).reshape(16, 16) / 255
     torch.testing.assert_close(condition.read(Image.fromarray(values)), expected, rtol=0, atol=1e-7)
     torch.testing.assert_close(condition.read(Image.fromarray(255 - values)), 1 - expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(condition.read(Image.fromarray(values).convert("LA")), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["softedge", "lineart"])
+def test_a_map_of_one_bit_is_white_on_black_and_one_of_16_is_refused(make, name):
+    """PNG optimisers save lines with one bit a pixel; divided by 255, they would all but vanish."""
+    lines = np.array([[0, 255], [255, 0]], dtype=np.uint8)
+    assert make(name).read(Image.fromarray(lines).convert("1")).tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(ValueError, match="gray values of 0 to 255, got up to 65535"):
+        make(name).read(Image.fromarray(257 * lines.astype(np.uint16)))
 
 
 def test_what_cannot_be_built():
@@ -214,6 +224,8 @@ def test_label_files(make):
         segmentation.read(Image.fromarray(labels).convert("RGB"))
     with pytest.raises(ValueError, match=r"classes 0 to 4.*got \[5, 9\]"):
         segmentation.read(Image.fromarray(np.array([[5, 9, 1]], dtype=np.uint8)))
+    with pytest.raises(ValueError, match=r"classes 0 to 4.*got \[-1\]"):
+        segmentation.read(Image.fromarray(np.array([[-1, 0]], dtype=np.int32)))
 
 
 def test_universal_segmenters_agree_with_transformers(tmp_path):

@@ -48,6 +48,7 @@ def test_file_then_overrides(file):
 def test_a_list_is_replaced_not_merged(file):
     argv = file("output_dir: x\nrewards: [{name: a, weight: 2, args: {k: 1}}]")
     assert parse(Config, [*argv, "--rewards", '[{"name": "b"}]']).rewards == [Reward("b")]
+    assert parse(Config, [*argv, '--rewards=[{"name": "b"}]']).rewards == [Reward("b")]
 
 
 def test_defaults_need_only_a_folder():
@@ -145,7 +146,15 @@ def test_free_fields():
     assert not free & {"seed", "learning_rate", "max_train_steps", "lora", "rewards", "mixed_precision", "use_ema"}
 
 
-@pytest.mark.parametrize("switch", [["--dry-run"], ["--dry_run"], ["--dry_run", "true"], ["--dry_run=true"]])
+@pytest.mark.parametrize("words", [["--lora.target-modules", "[to_q]"], ["--lora.target-modules=[to_q]"]])
+def test_dashes_do_for_underscores_in_keys_alone(words):
+    cfg = parse(Config, ["--output-dir", "a-b", *words, "--pretrained-model-name-or-path=c-d"])
+    assert (cfg.output_dir, cfg.pretrained_model_name_or_path, cfg.lora.target_modules) == ("a-b", "c-d", ["to_q"])
+
+
+@pytest.mark.parametrize(
+    "switch", [["--dry-run"], ["--dry_run"], ["--dry_run", "true"], ["--dry_run=true"], ["--dry-run=true"]]
+)
 def test_a_switch_needs_no_value(switch):
     assert parse(RunConfig, ["--output_dir", "x", *switch, "--seed", "3"]).dry_run
     assert parse(RunConfig, ["--output_dir", "x", *switch]).dry_run

@@ -235,6 +235,18 @@ def test_dry_run_writes_nothing(config):
     assert exit.value.code == 0 and not Path(cfg.output_dir).exists()
 
 
+def test_class_images_of_other_settings_are_drawn_anew(config, monkeypatch):
+    """What a run that was killed before its first checkpoint left is of use to the same settings alone."""
+    monkeypatch.setattr(Run, "_save", lambda run: None)
+    drawn = []
+    sample = customize.sample
+    monkeypatch.setattr(customize, "sample", lambda *args: drawn.append(1) or sample(*args))
+    for fields, times in (({}, 3), ({"learning_rate": 0.5}, 2), ({"class_noun": "cat"}, 3)):
+        drawn.clear()
+        train(config(max_train_steps=1, **fields))
+        assert len(drawn) == times, fields  # before and after the training, and the class images
+
+
 def test_the_customiser_of_the_docs_trains_and_loads(tiny_model, images, tmp_path):
     """The script of docs/customize.md; what it leaves draws with AlignIT, and its keys alone have moved."""
     text = (ROOT / "docs" / "customize.md").read_text()

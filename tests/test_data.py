@@ -35,6 +35,12 @@ def test_other_keys_of_jsonl_are_columns(tmp_path):
     assert (rows.prompts, rows.columns) == (["a", "two cats", "a"], {"count": [None, 2, None]})
 
 
+def test_only_a_new_line_ends_a_line(tmp_path):
+    """JSON may hold a line separator in a string, and pandas, datasets and jq write it so."""
+    prompts = read_prompts(write(tmp_path, "p.jsonl", '{"prompt": "a\u2028cat\x85"}\r\n{"prompt": "a dog"}\r\n'))
+    assert prompts.prompts == ["a\u2028cat\x85", "a dog"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -80,7 +86,7 @@ def test_images_with_captions_and_masks(tmp_path):
     assert check_concept(tmp_path, 64) == ["3 images, 1 with a caption, 1 with a mask."]
 
 
-def test_what_is_odd_is_said_and_what_is_wrong_is_refused_all_at_once(tmp_path):
+def test_what_is_odd_is_said_and_what_is_wrong_is_refused_all_at_once(tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     (odd,) = [check_concept(tmp_path, 100)]
@@ -89,9 +95,17 @@ def test_what_is_odd_is_said_and_what_is_wrong_is_refused_all_at_once(tmp_path):
     picture(tmp_path / "tiny.png", size=(8, 8))
     picture(tmp_path / "masks" / "a.png", size=(32, 32))
     (tmp_path / "b.txt").write_text("a toy")
-    with pytest.raises(ValueError, match="4 files that cannot be used") as error:
+    picture(tmp_path / "huge.png", size=(300, 300))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # Pillow refuses what has more than twice as many
+    with pytest.raises(ValueError, match="5 files that cannot be used") as error:
         read_concept_images(tmp_path, 64, "<thing>")
-    for part in ("broken.jpg cannot be read", "tiny.png has 8 x 8", "masks/a.png has another size", "'a toy'"):
+    for part in (
+        "broken.jpg cannot be read",
+        "huge.png cannot be read",
+        "tiny.png has 8 x 8",
+        "masks/a.png has another size",
+        "'a toy'",
+    ):
         assert part in str(error.value)
 
 
@@ -115,6 +129,8 @@ def test_images_keep_their_aspect_turn_as_exif_says_and_stand_on_white(tmp_path)
     assert image_shape(tmp_path / "turned.jpg") == (60, 30) and image_shape(tmp_path / "wide.png") == (30, 60)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert [open_image(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 # Images of several shapes

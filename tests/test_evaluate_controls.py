@@ -1,4 +1,4 @@
-"""`alignkit evaluate controllability` on random weights: its rows and its figures."""
+"""`alignkit evaluate controllability` on random weights: its rows and its figures; the lines of `evaluate reward`."""
 
 import json
 
@@ -53,3 +53,13 @@ def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
         "condition", "evaluator", "number", "seed", "scheduler", "num_inference_steps", "guidance_scale", "dtype",
         "world_hash", "SSIM", "MS-SSIM", "alignment", "KID", "diversity",
     }  # fmt: skip
+
+
+def test_reward_writes_a_line_for_each_lora(tmp_path, monkeypatch, capsys):
+    scores = {"aesthetic": torch.tensor([1.0, 3.0]), "present": torch.ones(2)}
+    monkeypatch.setattr(evaluate, "_score_base", lambda **settings: scores)
+    monkeypatch.setattr(evaluate, "_draw_and_score", lambda lora, **settings: scores)
+    rows = evaluate.reward(lora=["one", "two"], results=str(tmp_path / "results.jsonl"))
+    assert [row["model"] for row in rows] == ["base", "one", "two"]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["base"]["model"], line["lora"]["model"]) for line in lines] == [("base", "one"), ("base", "two")]

@@ -143,6 +143,15 @@ def test_a_vae_that_overflows_in_float16_stays_float32(folders):
     assert tiny(folders["sdxl"], dtype=torch.bfloat16).vae.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+def test_stock_pipelines_draw_in_float16(name, folders):
+    """Their latents are halves and the VAE is not."""
+    pipe = tiny(folders[name], dtype=torch.float16).pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("a cat", num_inference_steps=1, guidance_scale=1.0, height=32, width=32, output_type="pt").images
+    assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
+
+
 def test_flux_reads_its_guidance_and_refuses_what_it_cannot_read(folders, tmp_path):
     base = tiny(folders["flux"])
     x_t, t = torch.randn(1, *base.latent_shape(32, 64)), torch.tensor(700.0)

@@ -1,8 +1,10 @@
 """Who may import whom, read from the syntax trees."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,27 @@ def test_training_scripts_import_no_sibling():
     for file in scripts:
         bare = {name for name in imports(file) if "." not in name}
         assert not bare & names, f"{file.relative_to(ROOT)} imports its sibling {bare & names}"
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}  # by what is imported of them
+ON_REQUEST = {"bitsandbytes", "torchao"}  # whose absence is a sentence that names them
+
+
+def test_third_parties_are_declared():
+    """Else they are there by the grace of another package, or of the developers' environment."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    own, app, optional = (
+        {re.match(r"[\w-]+", line)[0] for line in lines}
+        for lines in (project["dependencies"], extras["app"], extras["optimizers"] + extras["rewards"])
+    )
+    for folder, declared in {"alignkit": own | optional | ON_REQUEST, "pipelines": own, "app": own | app}.items():
+        for file in files(folder):
+            names = {name.split(".")[0] for name in imports(file)} - set(FOLDERS) - sys.stdlib_module_names
+            missing = {DISTRIBUTIONS.get(name, name) for name in names} - declared
+            if file.name == "example_client.py":  # runs where the page is asked, not where it is
+                missing -= {"gradio_client"}
+            assert not missing, f"{file.relative_to(ROOT)} imports {missing}, which pyproject.toml does not name"
 
 
 def test_launcher_and_adapters_stay_where_they_are_known():

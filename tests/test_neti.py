@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from alignkit.alignit import alignit
 from alignkit.attention import context_bank
 from alignkit.base import load_base
 from alignkit.concepts import Concepts, create, load
@@ -233,6 +234,8 @@ def test_a_dry_run_writes_nothing(config, tmp_path, capsys):
         ({"nested_dropout_prob": 2.0}, "nested_dropout_prob"),
         ({"num_vectors": 0}, "num_vectors"),
         ({"num_vectors": 2}, "a mapper makes one vector"),
+        ({"num_vectors": 2, "method": "p_plus", "alignit": True}, "expected 1 with alignit"),
+        ({"super_category_token": "b c", "alignit": True}, "a word of one token with alignit"),
         ({"train_data_dir": "missing"}, "no folder of images"),
         ({"placeholder_token": "a"}, "already"),
         ({"templates": ["{}" + " b" * 90]}, "too long"),
@@ -273,18 +276,19 @@ def test_sdxl_learns_for_both_text_encoders(config, sdxl, method):
     assert all((part != 0).any() for part in change)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
-def test_the_concept_in_training_is_the_concept_in_the_pipeline(config, sdxl, model):
+def test_the_concept_in_training_is_the_concept_in_the_pipeline(config, sdxl, model, aligned):
     """The training's contexts (and SDXL's pooled noun) give the output of the stock pipeline's first step."""
     base = load_base(sdxl if model == "sdxl" else model, random_init=True, shrink=40)
     concept = create("neti", base, "<thing>", "a", hidden_size=8, num_frequencies=16)
-    data = Data(config(templates=["b {}"]), base, concept)
+    data = Data(config(templates=["b {}"], alignit=aligned), base, concept)
     batch = data.batch(Run(config("toy")), 0, [0])
-    seen = []
+    seen, concepts = [], Concepts([concept])
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
     handle = pipe.unet.register_forward_hook(lambda m, args, out: seen.append((*args, out[0])))
-    with Concepts([concept]).applied(pipe):
+    with alignit(pipe, concepts, source="prompt") if aligned else concepts.applied(pipe):
         pipe("b <thing>", num_inference_steps=1, guidance_scale=1.0, height=32, width=32, output_type="latent")
     handle.remove()
     ((x_t, timestep, expected),) = seen

@@ -292,6 +292,9 @@ def test_laions_head_equals_its_layers_one_by_one(models, tmp_path):
 def test_aesthetic_refuses_pickles_and_another_clips_head(models, tmp_path):
     with pytest.raises(ValueError, match="pickle head.pth"):
         build_reward("aesthetic", clip=str(models / "clip"), head="head.pth")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no head")
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+        build_reward("aesthetic", clip=str(models / "clip"), head=str(tmp_path / "damaged.safetensors"))
     AestheticHead(24).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="embeddings of 16 numbers.*got one for 24"):
         build_reward("aesthetic", clip=str(models / "clip"), head=str(tmp_path))

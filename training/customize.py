@@ -32,7 +32,7 @@ from diffusers.utils import numpy_to_pil
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignkit.artifacts import atomic, read_events, remove, save_lora, save_strip, write_card
+from alignkit.artifacts import atomic, load_json, read_events, remove, save_json, save_lora, save_strip, write_card
 from alignkit.base import Base, add_lora
 from alignkit.config import DiffusionConfig, LoraConfig, command, free, to_dict
 from alignkit.customized import (
@@ -47,6 +47,10 @@ from alignkit.noise import draw_noise
 from alignkit.run import Run
 
 TOKEN = "token_embedding"  # the name of the new row among the trained parameters
+CLASS_IMAGES_DEPEND_ON = (
+    "pretrained_model_name_or_path", "base_config", "random_init", "shrink", "mixed_precision", "class_noun",
+    "templates", "num_class_images", "resolution", "num_inference_steps", "guidance_scale",
+)  # fmt: skip
 
 
 @dataclass
@@ -123,7 +127,7 @@ def train(cfg: Config) -> Path:
     base = run.load_base()
     base.require_family("StableDiffusionPipeline")
     base_fingerprint = fingerprint(base.unet)
-    side = image_side(base, cfg.resolution)
+    side = min(base.image_size(cfg.resolution, cfg.resolution))
     instance_images = read_images(cfg.instance_data_dir, side)
     text = Text(base, cfg)
     base.check_prompts([t.format(p) for t in cfg.templates for p in (cfg.phrase, cfg.class_noun)])
@@ -173,8 +177,8 @@ def train(cfg: Config) -> Path:
 def trained_parameters(cfg: Config, base: Base, text: "Text") -> dict[str, nn.Parameter]:
     """The float32 parameters of the method, by name; all others stay frozen."""
     if cfg.method == "lora":
-        alpha = cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
-        return add_lora(base.unet, cfg.lora.rank, alpha, cfg.lora.target_modules, cfg.lora.dropout, cfg.seed)
+        c = cfg.lora
+        return add_lora(base.unet, c.rank, c.lora_alpha, c.target_modules, c.dropout, cfg.seed)
     if cfg.method == "dreambooth":
         return dict(base.unet.requires_grad_(True).named_parameters())
     params = {TOKEN: text.row}
@@ -279,11 +283,6 @@ def denoising_loss(
 # Pictures
 
 
-def image_side(base: Base, resolution: int | None) -> int:
-    """In pixels; images are square."""
-    return min(base.latent_shape(resolution, resolution)[1:]) * 2 ** (len(base.vae.config.block_out_channels) - 1)
-
-
 def read_images(folder: str | Path, side: int) -> Tensor:
     """[N, 3, side, side] in [0, 1]. What is odd but harmless is warned of."""
     images, odd = read_concept_images(folder, side)
@@ -293,11 +292,16 @@ def read_images(folder: str | Path, side: int) -> Tensor:
 
 
 def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
-    """The user's, or the base's own, drawn once; [N, 3, H, W]."""
+    """The user's, or the base's own, drawn once for these settings; [N, 3, H, W]."""
     if cfg.class_data_dir:
         return read_images(cfg.class_data_dir, side)
     number = min(2, cfg.num_class_images) if cfg.dry_run else cfg.num_class_images
     folder = run.output_dir / "class_images"
+    config = to_dict(cfg)
+    settings = {name: config[name] for name in CLASS_IMAGES_DEPEND_ON}
+    drawn_by = folder / "settings.json"
+    if run.is_main and not cfg.dry_run and drawn_by.is_file() and load_json(drawn_by) != settings:
+        remove(folder)  # of a run that ended before its first checkpoint, which would have refused this one
     if cfg.dry_run or (run.is_main and not folder.is_dir()):
         prompts = [cfg.templates[i % len(cfg.templates)].format(cfg.class_noun) for i in range(number)]
         images = sample(cfg, base, base.encode_prompt(prompts), base.encode_prompt([""]))
@@ -307,6 +311,7 @@ def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
             temporary.mkdir(parents=True)
             for i, picture in enumerate(numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())):
                 picture.save(temporary / f"{i:04d}.png")
+            save_json(settings, temporary / drawn_by.name)
     run.accelerator.wait_for_everyone()
     return read_images(folder, side)
 
@@ -329,7 +334,7 @@ def sample(cfg: Config, base: Base, prompt_embeds: Tensor, negative_prompt_embed
     base.unet.eval()
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    side = image_side(base, cfg.resolution)
+    side = min(base.image_size(cfg.resolution, cfg.resolution))
     images = []
     for start in range(0, len(prompt_embeds), cfg.sample_batch_size):
         rows = prompt_embeds[start : start + cfg.sample_batch_size]

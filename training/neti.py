@@ -19,8 +19,10 @@ Where the authors' code differs from the paper, or has a defect, this is what is
 - Images keep their aspect: the shorter side is scaled, the middle is kept. Theirs are squashed to a square.
 - Everything random has a seed, and nested dropout is drawn for each sample, not once for the batch.
 - Layers are numbered by the names of the modules. A counter, as theirs, gives wrong gradients with checkpointing.
-Ours besides: captions, masks, EMA, all off unless asked for. There is no prior preservation: it protects weights that
-are trained, and here none of the base is; images of other things do not reach the mapper's gradient.
+Ours besides: captions, masks, EMA and learning under AlignIT, all off unless asked for. `alignit: true` is for concepts
+that are drawn with AlignIT: learnt plainly, a concept also speaks through the rows behind its own, end and padding too,
+which AlignIT gives back to the base, and likeness goes with them. There is no prior preservation: it protects weights
+that are trained, and here none of the base is; images of other things do not reach the mapper's gradient.
 
     accelerate launch training/neti.py --config configs/neti/emoji.yaml
     torchrun --nproc_per_node 2 training/neti.py --config configs/neti/emoji.yaml
@@ -36,11 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignkit.alignit import alignit
 from alignkit.artifacts import read_events, save_strip, write_card
 from alignkit.attention import context_bank
 from alignkit.base import Base
 from alignkit.concepts import Concept, Concepts, create, encode_contexts, tokenize, towers
-from alignkit.concepts.text import substitute
+from alignkit.concepts.text import base_contexts, noun_ids, substitute
 from alignkit.config import DiffusionConfig, command, free, to_dict
 from alignkit.data import ConceptImage, load_image, read_concept_images
 from alignkit.noise import draw_noise
@@ -85,6 +88,8 @@ class Config(DiffusionConfig):
     """Strength of the bypass, relative to the norm of what it is added to."""
     num_vectors: int = 1
     """Of the other methods: consecutive tokens that the placeholder stands for."""
+    alignit: bool = False
+    """Learn under AlignIT, which the concept is to be drawn with: all rows of the text but its own are the base's."""
 
     train_data_dir: str = ""
     """Folder of images; `<name>.txt` beside one is its caption, `masks/<name>.png` where its loss counts."""
@@ -119,6 +124,8 @@ class Config(DiffusionConfig):
             raise ValueError(f"nested_dropout_prob: expected 0 to 1, got {self.nested_dropout_prob}")
         if self.num_vectors < 1:
             raise ValueError(f"num_vectors: expected at least 1, got {self.num_vectors}")
+        if self.alignit and self.num_vectors > 1:
+            raise ValueError(f"num_vectors: expected 1 with alignit, which replaces one row, got {self.num_vectors}")
         for name in ("templates", "validation_prompts"):
             texts = getattr(self, name)
             wrong = [text for text in texts if text.count("{}") < 1]
@@ -134,7 +141,6 @@ def train(cfg: Config) -> Path:
     base = run.load_base(hooked=True)
     base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     if cfg.gradient_checkpointing:
-        base.unet.train()  # where diffusers looks whether to; these models have no dropout
         base.unet.enable_gradient_checkpointing()
     concept = create(
         cfg.method,
@@ -202,9 +208,11 @@ class Data:
 
     def __init__(self, cfg: Config, base: Base, concept: Concept):
         self.cfg, self.base, self.concept, self.towers = cfg, base, concept, towers(base)
-        factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
-        resolution = cfg.resolution or base.latent_shape()[1] * factor
-        base.latent_shape(resolution, resolution)  # raises where it does not divide
+        if cfg.alignit and any(len(noun_ids(tower, cfg.super_category_token)) > 1 for tower in self.towers):
+            raise ValueError(
+                f"super_category_token: expected a word of one token with alignit, got {cfg.super_category_token!r}"
+            )
+        resolution = base.image_size(cfg.resolution, cfg.resolution)[0]
         self.resolution, self.conditions = resolution, {}
         self.images, self.odd = read_concept_images(cfg.train_data_dir, resolution, cfg.placeholder_token)
         for text in [*cfg.templates, *cfg.validation_prompts, *(i.caption for i in self.images if i.caption)]:
@@ -261,15 +269,26 @@ class Data:
 
     def contexts(self, batch: Batch, nested_dropout: bool) -> Tensor:
         """[b, L, S, 2 D], with gradient to what is learnt."""
+        prompts = [self.tokens(prompt) for prompt in batch.prompts]
         keys, values = encode_contexts(
             self.towers,
-            [self.tokens(prompt) for prompt in batch.prompts],
+            prompts,
             {self.concept.placeholder_token: self.concept},
             batch.timestep,
             len(self.concept.layers or [0]),
             batch.truncation if nested_dropout else None,
         )
-        return torch.cat([keys, values], dim=-1)
+        contexts = torch.cat([keys, values], dim=-1)
+        return self.aligned(contexts, prompts) if self.cfg.alignit else contexts
+
+    def aligned(self, contexts: Tensor, prompts: list) -> Tensor:
+        """The concept's rows of contexts [b, L, S, 2 D], all others the base's: what AlignIT infuses (alignit.py)."""
+        is_concept = torch.zeros(len(contexts), 1, contexts.shape[2], 1, dtype=torch.bool)
+        for row, (tokens, *_) in zip(is_concept, prompts, strict=True):
+            for _, start in tokens.spans:
+                row[:, start] = True
+        base = base_contexts(self.towers, prompts).to(contexts)
+        return torch.where(is_concept.to(contexts.device), contexts, torch.cat([base, base], -1)[:, None])
 
 
 def named(text: str, cfg: Config) -> str:
@@ -311,7 +330,9 @@ def draw(cfg: Config, base: Base, concept: Concept, truncation: int | None = Non
     pipe.set_progress_bar_config(disable=True)
     side = cfg.resolution
     images = []
-    with Concepts([concept]).applied(pipe, truncation):
+    concepts = Concepts([concept])
+    use = alignit(pipe, concepts, truncation=truncation) if cfg.alignit else concepts.applied(pipe, truncation)
+    with use:
         for prompt in cfg.validation_prompts:
             seeds_of_prompt = cfg.validation_seeds[:seeds]
             images.append(
@@ -339,9 +360,14 @@ def export(run: Run, cfg: Config, base: Base, concept: Concept, data: Data) -> N
     folder = concept.save(run.output_dir)
     pictures = [folder / "validation.png"]
     save_strip(pictures[0], draw(cfg, base, concept).split(len(cfg.validation_seeds)))
+    use = (
+        "alignit(pipe, alignkit.concepts.load(folder))"
+        if cfg.alignit
+        else "alignkit.concepts.load(folder).applied(pipe)"
+    )
     text = (
         f"Learnt from {len(data.images)} images of {cfg.train_data_dir} by `training/neti.py` (method {cfg.method})."
-        f"\n\n```python\nwith alignkit.concepts.load(folder).applied(pipe):\n"
+        f"\n\n```python\nwith {use}:\n"
         f'    pipe("a photo of a {cfg.placeholder_token}")\n```\n\n'
         f"The rows of the first picture: {', '.join(named(p, cfg) for p in cfg.validation_prompts)}."
     )

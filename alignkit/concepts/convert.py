@@ -87,7 +87,7 @@ def _sd_layers() -> list[str]:
     from diffusers import UNet2DConditionModel
 
     from alignkit.attention import text_layers
-    from alignkit.base import ARCHITECTURES
+    from alignkit.random_init import ARCHITECTURES
 
     with torch.device("meta"):
         config = UNet2DConditionModel.load_config(ARCHITECTURES["sd15"], subfolder="unet")

@@ -177,6 +177,20 @@ def encode_contexts(
     return torch.cat(keys, -1), torch.cat(values, -1)
 
 
+@torch.no_grad()
+def base_contexts(towers: Sequence[Tower], prompts: Sequence[Sequence[Tokens]]) -> Tensor:
+    """What the base reads, [N, S, D]: the super-category's first token stands in every place of a concept."""
+    states = []
+    for e, tower in enumerate(towers):
+        device = tower.model.get_input_embeddings().weight.device
+        ids, mask = (
+            torch.stack([getattr(p[e], n) for p in prompts]).to(device) for n in ("input_ids", "attention_mask")
+        )
+        nowhere = torch.zeros_like(ids, dtype=torch.bool)
+        states.append(_encode(tower, ids, mask, torch.zeros((), device=device), nowhere, None, clip_skip=0)[0])
+    return torch.cat(states, -1)
+
+
 def _bypass(vectors: Vectors, part: slice, alpha: float) -> Tensor:
     """alpha times the direction of the bypass vector."""
     return alpha * nn.functional.normalize(vectors.bypass[..., part], dim=-1)

@@ -49,7 +49,12 @@ class Condition(nn.Module):
         Raises:
             ValueError: it is not what this condition's files are; the file's name is added by the caller.
         """
-        return gray(picture) / 255
+        values = gray(picture)
+        if values.max() > 255:
+            raise ValueError(
+                f"expected gray values of 0 to 255, got up to {float(values.max()):g}: save the map with 8 bits"
+            )
+        return values / 255
 
     def metrics(self) -> dict[str, Metric]:
         """What is reported of a set of images: by name, each with update(extracted [B,H,W], targets [B,H,W])."""
@@ -118,6 +123,8 @@ def gray(picture: Image.Image) -> Tensor:
         return torch.from_numpy(channels[..., 0].astype(np.float32))
     if picture.mode == "P":
         raise ValueError("expected a map with one value a pixel, got a palette picture: save it in mode L or I;16")
+    if picture.mode in ("1", "LA"):  # 1: what is saved with one bit a pixel is black and white, not 0 and 1
+        picture = picture.convert("L")
     return torch.from_numpy(np.asarray(picture).astype(np.float32))
 
 

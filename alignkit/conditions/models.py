@@ -8,34 +8,27 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.image_processing_base import ImageProcessingMixin
 
-from alignkit.rewards.clip import image_statistics
-
-BILINEAR = 2  # of PIL's filters; all other models here use 3, bicubic
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from alignkit.rewards.clip import IMAGENET_STATISTICS, image_statistics, interpolation_of, processor_config
 
 
 def preprocessing(path: str, resolution: int | None) -> Callable[[Tensor], dict[str, Any]]:
     """Arguments of `model_input` for a model, on the device of the images it is called with.
 
-    `resolution` overrides the shortest side that the preprocessor states.
+    They are those of its `preprocessor_config.json`; `resolution` overrides the shortest side that it states.
     """
-    try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(path)
-    except OSError:
-        config = {}
+    config = processor_config(path)
     size = config.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
     stated = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0)) or None
     multiple = config.get("ensure_multiple_of") or config.get("size_divisor") or 1
-    mean, std = image_statistics(path, *IMAGENET)
+    mean, std = image_statistics(path, *IMAGENET_STATISTICS)
 
     def arguments(images: Tensor) -> dict[str, Any]:
         return {
             "resolution": resolution or stated,
             "multiple": multiple,
-            "mode": "bilinear" if config.get("resample") == BILINEAR else "bicubic",
+            "mode": interpolation_of(config),
             "mean": mean.to(images),
             "std": std.to(images),
         }

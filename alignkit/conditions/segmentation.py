@@ -24,7 +24,8 @@ from alignkit.conditions.models import preprocessing
 from alignkit.emoji import resolve
 from alignkit.rewards.reward import frozen
 
-IGNORE = 255  # of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff
+# Of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff; also where there are more classes.
+IGNORE = 255
 
 
 class Segmentation(Condition):
@@ -85,7 +86,8 @@ class Segmentation(Condition):
                 "survive resizing, so convert palette or RGB labels to numbers"
             )
         labels = torch.from_numpy(np.asarray(picture).astype(np.int64))
-        unknown = labels[(labels >= self.num_classes) & (labels != IGNORE)].unique().tolist()
+        known = (labels >= 0) & (labels < self.num_classes) | (labels == IGNORE)
+        unknown = labels[~known].unique().tolist()
         if unknown:
             raise ValueError(
                 f"expected classes 0 to {self.num_classes - 1}, or {IGNORE} for unlabelled, got {unknown[:5]}"

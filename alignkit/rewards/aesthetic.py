@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alignkit.artifacts import load_tensors
 from alignkit.emoji import resolve
 from alignkit.emoji.judges import AestheticHead
 from alignkit.rewards.clip import load_encoder
@@ -46,14 +46,14 @@ def load_head(path: str) -> tuple[nn.Module, int]:
     """The frozen head [B,D] -> [B] or [B,1], and its D.
 
     Raises:
-        ValueError: a pickle, or a file that holds no head.
+        ValueError: a pickle, a damaged or missing file, or one that holds no head.
     """
     if path.endswith((".pth", ".pt", ".bin", ".ckpt")):
         raise ValueError(
             f"expected a folder or .safetensors file, got the pickle {path}: `alignkit convert checkpoint` it first."
         )
     if path.endswith(".safetensors"):
-        head = collapse(load_file(path))
+        head = collapse(load_tensors(path))
         return frozen(head), head.in_features
     head = AestheticHead.from_pretrained(path, strict=True)
     return frozen(head), head.embedding_dim

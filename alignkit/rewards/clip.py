@@ -24,6 +24,7 @@ from alignkit.rewards.reward import frozen
 LEGACY_EOS_TOKEN_ID = 2
 
 CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIGLIP_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 OPEN_CLIP = ("open_clip:", "local-dir:", "hf-hub:")  # the latter two are open_clip's own
 
@@ -255,11 +256,6 @@ def fit(images: Tensor, size: int, resize: str = "shortest", interpolation: str 
         return F.pad(images, (left, size - width - left, top, size - height - top))
     top, left = (height - size) // 2, (width - size) // 2
     return images[..., top : top + size, left : left + size]
-
-
-def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Images [B,3,H,W] -> [B,3,size,size] as CLIPImageProcessor, but with a gradient."""
-    return fit(images, size)
 
 
 def processor_config(path: str) -> dict:

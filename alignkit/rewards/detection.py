@@ -22,10 +22,16 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
 from alignkit.artifacts import read_pretrained
-from alignkit.rewards.clip import CLIP_STATISTICS, fit, image_statistics, interpolation_of, processor_config
+from alignkit.rewards.clip import (
+    CLIP_STATISTICS,
+    IMAGENET_STATISTICS,
+    fit,
+    image_statistics,
+    interpolation_of,
+    processor_config,
+)
 from alignkit.rewards.reward import Reward, column, frozen
 
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_OVERLAP = 0.5  # of two boxes that are two objects, as intersection over union
 FAR = 100.0  # below all logits of a detector
 

@@ -12,7 +12,7 @@ from transformers import SegformerForSemanticSegmentation
 
 from alignkit.artifacts import read_pretrained
 from alignkit.emoji import resolve
-from alignkit.rewards.clip import image_statistics
+from alignkit.rewards.clip import IMAGENET_STATISTICS, image_statistics
 from alignkit.rewards.reward import Reward, column, frozen
 
 
@@ -32,7 +32,7 @@ class Presence(Reward):
         super().__init__()
         path = resolve(model)
         self.segmenter = frozen(read_pretrained(SegformerForSemanticSegmentation, path, dtype=torch.float32))
-        mean, std = image_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
+        mean, std = image_statistics(path, *IMAGENET_STATISTICS)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.object = object

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from alignkit.data import open_image, to_tensor
 from alignkit.rewards.reward import Reward, column
 
 KERNEL_SIZE = 11  # pixels, of its Gaussian window
@@ -33,22 +32,16 @@ class Ssim(Reward):
         super().__init__()
         self.reference = reference
         if reference is not None:
-            load_image(reference)
+            open_image(reference)
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         paths = column(columns, "reference", self.reference, prompts)
         size = images.shape[-2:]
-        references = torch.cat([resized(load_image(path).to(images), size) for path in paths])
+        references = torch.cat([resized(to_tensor(open_image(path))[None].to(images), size) for path in paths])
         betas = fitting_betas(min(size))
         return multiscale_structural_similarity_index_measure(
             images, references, betas=betas, data_range=1.0, normalize="simple", reduction="none"
         )
-
-
-def load_image(path: str) -> Tensor:
-    """An image file as RGB [1,3,H,W] in [0,1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
