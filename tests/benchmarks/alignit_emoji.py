@@ -48,6 +48,7 @@ CUSTOMISERS = {
     "textual_inversion": ("neti", "neti/emoji", {"method": "textual_inversion"}),
     "p_plus": ("neti", "neti/emoji", {"method": "p_plus"}),
     "neti": ("neti", "neti/emoji", {}),
+    "neti, learnt under AlignIT": ("neti", "neti/emoji", {"alignit": "true"}),
     "custom_diffusion": ("customize", "customize/emoji_custom_diffusion", {}),
     "lora": ("customize", "customize/emoji_lora", {}),
     "dreambooth": ("customize", "customize/emoji_dreambooth", {}),
@@ -80,12 +81,13 @@ def train(customiser: str, tier: str, number: int) -> Path:
     """Trains, or goes on where an earlier call stopped. Returns the folder, ready to be loaded."""
     trainer, config, overrides = CUSTOMISERS[customiser]
     cell, concept = key(customiser, tier, number), concepts.concepts(tier)[number]
-    name = f"{customiser}_{tier}_{concept.name.replace(' ', '_')}_{cell['config']}_{cell['world_hash']}"
+    words = f"{customiser} {tier} {concept.name} {cell['config']} {cell['world_hash']}"
+    name = "_".join(words.replace(",", "").split())
     folder = ROOT / "runs" / "benchmarks" / "alignit" / name
     pictures = concepts.write(concept, folder / "pictures", seed=number)
     command = [sys.executable, f"training/{trainer}.py", "--config", f"configs/{config}.yaml"]
     command += ["--output_dir", str(folder), "--validation_steps", "0", "--report_to", "none"]
-    command += ["--mixed_precision", "bf16"]
+    command += ["--mixed_precision", "no" if customiser == "dreambooth" else "bf16"]
     if trainer == "neti":
         command += ["--train_data_dir", str(pictures), "--super_category_token", noun_of(concept).split()[-1]]
     else:
