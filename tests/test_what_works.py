@@ -119,6 +119,7 @@ def test_alignit(method, base, folders):
     else:
         assert TABLE[method][base] == "rows"
         custom = load_base(folders[base], **load).pipeline()
+        custom.register_modules(transformer=pipe.transformer)
         for name, part in custom.components.items():
             if name.startswith("text_encoder"):
                 move(part)
