@@ -23,16 +23,28 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ["--train_data_dir", "configs/customize/emoji_concept", "--placeholder_token", "<cat>"]
 PICTURES += ["--super_category_token", "cat"]
 
-# name: (config, overrides)
+BF16 = ["--mixed_precision", "bf16"]
+FIRST = [*BF16, "--validation_steps", "0", "--reward_weight", "0", "--max_train_steps", "1500"]
+SECOND = [*BF16, "--validation_steps", "0", "--reward_start", "0", "--max_train_steps", "500"]
+SECOND += ["--lr_warmup_steps", "0", "--seed", "1000", "--controlnet_model_name_or_path"]
+
+
+def controlnet(condition: str) -> list[tuple[str, list[str]]]:
+    """The two stages as runs of their own: seed 0 of tests/benchmarks/controlnetpp_emoji.py, weight for weight."""
+    config = f"controlnetpp/emoji_{condition}"
+    return [(config, FIRST), (config, [*SECOND, f"runs/examples/{condition}_0"])]
+
+
+# name: a (config, overrides) for each run, of which the last is shipped
 EXAMPLES = {
-    "aesthetic": ("alignprop/emoji", ["--mixed_precision", "bf16"]),
-    "segmentation": ("controlnetpp/emoji_segmentation", []),
-    "depth": ("controlnetpp/emoji_depth", []),
-    "neti": ("neti/emoji", PICTURES),
-    "textual_inversion": ("neti/emoji", [*PICTURES, "--method", "textual_inversion"]),
-    "p_plus": ("neti/emoji", [*PICTURES, "--method", "p_plus"]),
-    "lora": ("customize/emoji_lora", []),
-    "custom_diffusion": ("customize/emoji_custom_diffusion", []),
+    "aesthetic": [("alignprop/emoji", BF16)],
+    "segmentation": controlnet("segmentation"),
+    "depth": controlnet("depth"),
+    "neti": [("neti/emoji", PICTURES)],
+    "textual_inversion": [("neti/emoji", [*PICTURES, "--method", "textual_inversion"])],
+    "p_plus": [("neti/emoji", [*PICTURES, "--method", "p_plus"])],
+    "lora": [("customize/emoji_lora", [])],
+    "custom_diffusion": [("customize/emoji_custom_diffusion", [])],
 }
 SHIPPED = (
     "*.safetensors",
@@ -45,13 +57,14 @@ SHIPPED = (
 
 
 def make(name: str) -> None:
-    config, overrides = EXAMPLES[name]
-    run, folder = ROOT / "runs" / "examples" / name, EXAMPLES_DIR / name
-    command = [sys.executable, f"training/{Path(config).parent}.py", "--config", f"configs/{config}.yaml"]
-    subprocess.run([*command, "--output_dir", f"runs/examples/{name}", *overrides], cwd=ROOT, check=True)
+    run, folder = Path(), EXAMPLES_DIR / name
+    for i, (config, overrides) in enumerate(EXAMPLES[name]):
+        run = Path("runs", "examples", f"{name}_{i}" if i < len(EXAMPLES[name]) - 1 else name)
+        command = [sys.executable, f"training/{Path(config).parent}.py", "--config", f"configs/{config}.yaml"]
+        subprocess.run([*command, "--output_dir", str(run), *overrides], cwd=ROOT, check=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for file in sorted({file for pattern in SHIPPED for file in run.glob(pattern)}):
+    for file in sorted({file for pattern in SHIPPED for file in (ROOT / run).glob(pattern)}):
         if file.name == WEIGHTS:
             save_in_half(file, folder / WEIGHTS)
         else:
