@@ -27,6 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from alignkit import concepts, load_base
 from alignkit.artifacts import save_json
 from alignkit.conditions import Condition, build_condition
+from alignkit.conditions.condition import gray
 from alignkit.controlnet import new_controlnet, save_controlnet
 from alignkit.controls import SceneControls, open_controls
 from alignkit.data import read_concept_images
@@ -178,6 +179,9 @@ class Map(Condition):
 
     def predict(self, images):
         return images.mean(1)
+
+    def read(self, picture):
+        return gray(picture)
 
 
 def test_maps_keep_their_numbers(tmp_path):
