@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import alignkit
 from alignkit.data import read_prompts
 from alignkit.emoji import WEIGHTS_DIR, aesthetics, captions, matching, prompts, resolve, scenes, sprites
 
@@ -170,6 +171,29 @@ def test_resolve_names_what_there_is():
         resolve("emoji/training/nonsense")
     with pytest.raises(FileNotFoundError, match="emoji/training/clip"):
         resolve("emoji/examples/nonsense")
+
+
+@pytest.mark.parametrize("condition", ["depth", "segmentation"])
+def test_what_ships_goes_together(condition):
+    """The README's call: a LoRA, a ControlNet, a concept and AlignIT; each part changes the picture."""
+    concept, control = "emoji/examples/neti", torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    lora, controlnet = {"aesthetic": "emoji/examples/aesthetic"}, f"emoji/examples/{condition}"
+
+    def draw(control_image=control, **parts):
+        composed = alignkit.compose("emoji", concepts=[concept], **parts)
+        composed.pipe.set_progress_bar_config(disable=True)
+        settings = {"control_image": control_image} if "controlnet" in parts else {}
+        return composed("a <cat> on a blue background", alignit=True, seed=0, num_inference_steps=2, output_type="pt",
+                        **settings).images  # fmt: skip
+
+    every = draw(loras=lora, controlnet=controlnet)
+    assert every.shape == (1, 3, 64, 64) and every.isfinite().all()
+    others = [
+        draw(controlnet=controlnet),
+        draw(loras=lora),
+        draw(loras=lora, controlnet=controlnet, control_image=1 - control),
+    ]
+    assert all((every - other).abs().max() > 0.01 for other in others)
 
 
 def test_every_word_of_the_grammar_is_one_token_and_any_text_comes_back():
