@@ -66,8 +66,8 @@ def remove(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.is_dir():
         doomed = path.with_name(f".tmp-{path.name.removeprefix('.tmp-')}")
-        if doomed != path:
-            shutil.rmtree(doomed, ignore_errors=True)  # what a removal that was cut short left
+        if doomed != path and doomed.exists():  # left by a removal that was cut short
+            shutil.rmtree(doomed)
         path.rename(doomed)
         shutil.rmtree(doomed)
     else:
