@@ -54,7 +54,8 @@ def _racer(config: str, updates: tuple[int, ...], scored: int = 1, **plan) -> Ar
 
 SHORT = (5, 10, 20, 30, 45, 60)  # updates of 16 images
 ARMS = {
-    "aesthetic": Arm("alignprop/emoji_aesthetic"),
+    # to the end, as the weighted sum goes: early stop would end it at a third of the updates
+    "aesthetic": Arm("alignprop/emoji_aesthetic", {"early_stop.enabled": "false"}),
     "alignment on pairs": Arm("alignprop/emoji_pairs", prompts="pairs"),
     "exactly three": Arm("alignprop/emoji_three", prompts="three"),
     "alignment": Arm("alignprop/emoji_alignment"),
