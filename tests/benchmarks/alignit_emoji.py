@@ -14,9 +14,10 @@ object, a background and, in half of them, a count, from three seeds, the same n
 - control, random rows: random token embeddings in the concept's place
 - control, noun's rows: AlignIT at strength 0
 
-"others" is the share of second objects, backgrounds and counts that are right; "identity" the mean cosine of the
-identity judge with the concept's pictures. A cell costs some four minutes of two idle cores; twelve concepts of two
-tiers, an hour and a half a customiser. Concepts are the replicates: intervals are paired bootstraps over them.
+"others" is the share of second objects, backgrounds and counts that are right. "identity" is the mean cosine of the
+identity judge with the concept's pictures; since that judge embeds whole pictures, it is taken of four prompts of its
+own, which ask for the concept alone on a background. A cell costs some five minutes of one idle core; twelve concepts
+of two tiers, two hours a customiser. Concepts are the replicates: intervals are paired bootstraps over them.
 """
 
 import hashlib
@@ -41,7 +42,8 @@ from alignkit.emoji.fit import to_float
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "alignit_emoji.jsonl"
-NUMBER, SEEDS, PROMPTS = 12, (0, 1, 2), 12
+NUMBER, SEEDS = 12, (0, 1, 2)
+PROMPTS, ALONE = 12, 4  # with other things in them; with the concept alone
 
 # customiser: trainer, config, overrides
 CUSTOMISERS = {
@@ -59,7 +61,7 @@ CHANGES_WEIGHTS = ("custom_diffusion", "lora", "dreambooth")
 def key(customiser: str, tier: str, number: int) -> dict:
     """What a cell is found by."""
     _, config, overrides = CUSTOMISERS[customiser]
-    text = (ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8") + json.dumps(overrides)
+    text = (ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8") + json.dumps([overrides, PROMPTS, ALONE])
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     concept = concepts.concepts(tier)[number]
     cell = {"customiser": customiser, "tier": tier, "concept": concept.name, "config": digest}
@@ -99,7 +101,7 @@ def train(customiser: str, tier: str, number: int) -> Path:
 
 
 def asked(concept: concepts.EmojiConcept, seed: int) -> list[dict]:
-    """Prompts with {} for the concept, and what is to be in them."""
+    """Prompts with {} for the concept and other things, and what is to be in them."""
     rng = np.random.default_rng(seed)
     named = [s for s in sprites.of_tier("named") if s != concept.sprite]
     found = []
@@ -112,6 +114,12 @@ def asked(concept: concepts.EmojiConcept, seed: int) -> list[dict]:
         text = f"a {{}} and {others} {place}" if i % 4 < 2 else f"{others} and a {{}} {place}"
         found.append({"prompt": text, "second": second.name, "count": count, "background": color})
     return found
+
+
+def alone(seed: int) -> list[str]:
+    """Prompts with {} for the concept and nothing else but a background."""
+    colors = np.random.default_rng(seed).permutation(list(scenes.BACKGROUNDS))[:ALONE]
+    return [f"a {{}} on {article(color + ' background')}" for color in colors]
 
 
 def draw(pipe, texts: list[str], seed: int) -> torch.Tensor:
@@ -162,6 +170,7 @@ def run_cell(customiser: str, tier: str, number: int) -> None:
         with context:
             for seed in SEEDS:
                 images = draw(pipe, [want["prompt"].format(words) for want in wanted], seed)
+                single = draw(pipe, [prompt.format(words) for prompt in alone(number)], seed)
                 found = evaluator.counts(images).gather(1, index)[:, 0]
                 right = [b == want["background"] for b, want in zip(evaluator.background(images), wanted, strict=True)]
                 several = counts > 1
@@ -170,7 +179,7 @@ def run_cell(customiser: str, tier: str, number: int) -> None:
                         "second": float((found > 0.5).float().mean()),
                         "background": float(np.mean(right)),
                         "count": float((found[several].round() == counts[several]).float().mean()),
-                        "identity": float((evaluator.embed_identity(images) @ real.T).mean()),
+                        "identity": float((evaluator.embed_identity(single) @ real.T).mean()),
                     }
                 )
         mean = {name: round(float(np.mean([f[name] for f in figures])), 4) for name in figures[0]}
