@@ -52,19 +52,7 @@ def build(page: ui.Page) -> None:
             alignit = gr.Checkbox(False, label="AlignIT", info="Keep the concept from the rest of the prompt")
             strength = gr.Slider(0, 1, 1, step=0.05, label="AlignIT's strength")
         with gr.Column(min_width=300), gr.Accordion("Control", open=False):
-            controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True)
-            control_scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
-            kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
-            with gr.Tabs():
-                with gr.Tab("Upload"):
-                    upload = ui.picture_upload(height=200)
-                with gr.Tab("Draw"):
-                    sketch = gr.Sketchpad(
-                        label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320,
-                        layers=False, transforms=(),
-                    )  # fmt: skip
-            preview = gr.Button("Preview what the ControlNet will see")
-            seen = gr.Image(label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS)
+            controlling, looking = _control(page, base)
         with gr.Column(min_width=300), gr.Accordion("More", open=False):
             negative = gr.Textbox("", label="Negative prompt")
             steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
@@ -72,16 +60,8 @@ def build(page: ui.Page) -> None:
 
     chosen = [
         prompt, seed, base, loras, weights, concepts, truncation, alignit, strength,
-        controlnet, control_scale, kind, upload, sketch, steps, guidance, negative,
+        *controlling, steps, guidance, negative,
     ]  # fmt: skip
-
-    def control_of(base: str, controlnet: str | None, kind: str, upload: str | None, sketch: dict | None):
-        if not controlnet:
-            return None
-        given = upload or (sketch or {}).get("composite")
-        if not given:
-            raise ValueError("Upload or draw something for the ControlNet to follow.")
-        return generate.extract_control(page.models, base, controlnet, safety.open_picture(given), kind == MAP)
 
     @ui.said
     def draw(
@@ -100,24 +80,13 @@ def build(page: ui.Page) -> None:
                 strength=strength, controlnet=controlnet or None, control_scale=control_scale,
             )  # fmt: skip
             settings.check()
-            control = control_of(base, controlnet, kind, upload, sketch)
+            control = _control_of(page, base, controlnet, kind, upload, sketch)
             tell = generate.Timer(progress, "Drawing", (1 + settings.is_tuned) * settings.num_inference_steps)
             before = generate.draw(page.models, settings, tuned=False, tell=tell, stop=stopped)
             yield "The base is done." if settings.is_tuned else "", before, None, asdict(settings)
             if settings.is_tuned:
                 after = generate.draw(page.models, settings, control, tell=tell, stop=stopped)
                 yield "", before, after, asdict(settings)
-
-    @ui.said
-    def look(
-        base: str, controlnet: str, kind: str, upload: str | None, sketch: dict | None,
-        progress=gr.Progress(),  # noqa: B008
-    ):  # fmt: skip
-        progress(0, desc="Reading the map off the picture")
-        control = control_of(base, controlnet, kind, upload, sketch)
-        if control is None:
-            raise ValueError("Choose a ControlNet first.")
-        return control
 
     @ui.said
     def load(path: str):
@@ -140,9 +109,6 @@ def build(page: ui.Page) -> None:
         [go.click, prompt.submit], draw, chosen, outputs, api_name="generate", show_progress="full",
         show_progress_on=status, **ui.MODEL,
     )  # fmt: skip
-    looking = preview.click(
-        look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL
-    )
     stop.click(cancel, None, status, cancels=[drawing, looking], api_name="cancel", queue=False)
     dice.click(lambda: random.randrange(2**32), None, seed, **ui.QUICK)
     png.upload(load, png, [*chosen, used], api_name="read_settings", concurrency_limit=None, show_progress="hidden")
@@ -154,7 +120,50 @@ def build(page: ui.Page) -> None:
             gr.Dropdown(generate.loras(page.folder)),
             gr.Dropdown(list(found)),
             f"Write {told} in the prompt." if told else "Words that you teach under *Personalize* appear here.",
-            gr.Dropdown(["", *generate.controlnets(page.folder)]),
         )
 
-    page.on_load.append((refresh, [loras, concepts, words, controlnet]))
+    page.on_load.append((refresh, [loras, concepts, words]))
+
+
+def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Component], gr.events.Dependency]:
+    """A ControlNet, its strength and what it is given; and the event that shows what it will see."""
+    controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True)
+    scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
+    kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
+    with gr.Tabs():
+        with gr.Tab("Upload"):
+            upload = ui.picture_upload(height=200)
+        with gr.Tab("Draw"):
+            sketch = gr.Sketchpad(
+                label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320, layers=False,
+                transforms=(),
+            )  # fmt: skip
+    preview = gr.Button("Preview what the ControlNet will see")
+    seen = gr.Image(label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS)
+
+    @ui.said
+    def look(
+        base: str, controlnet: str, kind: str, upload: str | None, sketch: dict | None,
+        progress=gr.Progress(),  # noqa: B008
+    ):  # fmt: skip
+        progress(0, desc="Reading the map off the picture")
+        control = _control_of(page, base, controlnet, kind, upload, sketch)
+        if control is None:
+            raise ValueError("Choose a ControlNet first.")
+        return control
+
+    looking = preview.click(
+        look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL
+    )
+    page.on_load.append((lambda: gr.Dropdown(["", *generate.controlnets(page.folder)]), [controlnet]))
+    return [controlnet, scale, kind, upload, sketch], looking
+
+
+def _control_of(page: ui.Page, base: str, controlnet: str | None, kind: str, upload: str | None, sketch: dict | None):
+    """The map that the ControlNet sees, or None without a ControlNet."""
+    if not controlnet:
+        return None
+    given = upload or (sketch or {}).get("composite")
+    if not given:
+        raise ValueError("Upload or draw something for the ControlNet to follow.")
+    return generate.extract_control(page.models, base, controlnet, safety.open_picture(given), kind == MAP)

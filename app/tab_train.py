@@ -40,62 +40,37 @@ def build(page: ui.Page, methods: tuple[str, ...]) -> None:
 
 
 def _build(page: ui.Page, method: str) -> None:
+    gr.Markdown(ABOUT[method])
+    with gr.Row():
+        left, right = (gr.Column(scale=scale, min_width=300) for scale in (2, 3))
+    with right:
+        run, watching = _watched(page, method)
+    with left:
+        name, settings = _settings(page, method)
+        _buttons(page, method, name, settings, run, watching)
+
+
+def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.components.Component]]:
+    """The run's name; and the YAML, the data and the fields that `_resolved` makes a config of."""
     presets = jobs.presets(method)
     first = next(iter(presets))
-    own_data = method in ("neti", "customize")
-    choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if own_data else [])]
-    gr.Markdown(ABOUT[method])
+    choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if method in ("neti", "customize") else [])]
     text = gr.Code(
         presets[first], language="yaml", label="Settings", max_lines=30, interactive=True, elem_id=f"{method}_yaml",
         render=False,
     )  # fmt: skip
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
-            about = gr.Markdown(forms.about(presets[first]))
-            name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")
-            source = gr.Dropdown(choices, value=choices[-1], label="Data", allow_custom_value=True)
-            with gr.Accordion("Data of your own", open=False):
-                _build_data(page, method, source, choices, text)
-            fields = _fields(method, presets[first])
-            with gr.Accordion("All settings (YAML)", open=False):
-                text.render()
-                with gr.Row():
-                    upload = gr.UploadButton("Upload", file_types=[".yaml", ".yml"], min_width=100)
-                    download = gr.DownloadButton("Download", min_width=100)
-            with gr.Row():
-                begin = gr.Button("Start", variant="primary", min_width=100, elem_id=f"{method}_start")
-                dry = gr.Button("Dry run", min_width=100, elem_id=f"{method}_dry_run")
-                cancel = gr.Button("Cancel the dry run", min_width=100, visible=False)
-            measured = gr.Markdown("", elem_id=f"{method}_measured")
-        with gr.Column(scale=3, min_width=300):
-            run = gr.Dropdown([], label="Run", allow_custom_value=True, elem_id=f"{method}_run")
-            status = gr.Markdown("No training yet.", elem_id=f"{method}_status")
-            with gr.Row():
-                stop = gr.Button("Stop and save", min_width=100, elem_id=f"{method}_stop")
-                resume = gr.Button("Resume", min_width=100, elem_id=f"{method}_resume")
-            curve = gr.Dropdown([], label="Curve", allow_custom_value=True)
-            plot = gr.LinePlot(x="step", y="value", height=260, elem_id=f"{method}_plot", x_title="step", y_title=" ")
-            pictures = gr.Gallery(
-                label="Pictures on the way, the newest first", columns=2, height="auto", elem_classes="pixels",
-                elem_id=f"{method}_pictures", interactive=False, buttons=ui.BUTTONS,
-            )  # fmt: skip
-            with gr.Accordion("What the trainer says", open=False):
-                log = gr.Textbox(lines=12, max_lines=12, show_label=False, container=False, interactive=False)
-    shown = gr.State("")
-    timer = gr.Timer(POLL_SECONDS, active=False)
-
-    def with_source(config: str, source: str) -> str:
-        """The YAML with the data that was chosen."""
-        if source == CONFIG_OWN:
-            return config
-        if source == EXAMPLE_PICTURES:
-            return jobs.set_values(config, {forms.DATA_KEY[method]: EXAMPLE})
-        path = safety.inside(page.data, source)
-        if source not in data.sets(page.data, method):
-            raise ValueError(f"There is no set {source} for this trainer.")
-        path = path / data.PROMPTS if method == "alignprop" else path
-        return jobs.set_values(config, {forms.DATA_KEY[method]: str(path)})
+    preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
+    about = gr.Markdown(forms.about(presets[first]))
+    name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")
+    source = gr.Dropdown(choices, value=choices[-1], label="Data", allow_custom_value=True)
+    with gr.Accordion("Data of your own", open=False):
+        _build_data(page, method, source, choices, text)
+    fields = _fields(method, presets[first])
+    with gr.Accordion("All settings (YAML)", open=False):
+        text.render()
+        with gr.Row():
+            upload = gr.UploadButton("Upload", file_types=[".yaml", ".yml"], min_width=100)
+            download = gr.DownloadButton("Download", min_width=100)
 
     @ui.said
     def choose(preset: str):
@@ -118,22 +93,61 @@ def _build(page: ui.Page, method: str) -> None:
         return config, *values
 
     @ui.said
-    def give(config: str, source: str, name: str, *values: Any):
-        config = with_source(forms.filled(method, config, list(values)), source)
+    def give(name: str, *settings: Any):
+        config = _resolved(page, method, *settings)
         file = page.folder / ".cache" / f"{safety.inside(page.folder, name or method).name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(config, encoding="utf-8")
         return str(file)
 
+    preset.input(choose, preset, [about, text, *fields], **ui.ACTION)
+    for field in fields:
+        gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **ui.ACTION)
+    text.blur(read, text, fields, **ui.ACTION)
+    upload.upload(take, upload, [text, *fields], **ui.ACTION)
+    download.click(give, [name, text, source, *fields], download, **ui.ACTION)
+
+    def refresh():
+        return fresh_name(page, method), gr.Dropdown([*choices, *data.sets(page.data, method)])
+
+    page.on_load.append((refresh, [name, source]))
+    return name, [text, source, *fields]
+
+
+def _resolved(page: ui.Page, method: str, config: str, source: str, *values: Any) -> str:
+    """The YAML with the fields' values and the data that was chosen."""
+    config = forms.filled(method, config, list(values))
+    if source == CONFIG_OWN:
+        return config
+    if source == EXAMPLE_PICTURES:
+        return jobs.set_values(config, {forms.DATA_KEY[method]: EXAMPLE})
+    path = safety.inside(page.data, source)
+    if source not in data.sets(page.data, method):
+        raise ValueError(f"There is no set {source} for this trainer.")
+    path = path / data.PROMPTS if method == "alignprop" else path
+    return jobs.set_values(config, {forms.DATA_KEY[method]: str(path)})
+
+
+def _buttons(
+    page: ui.Page, method: str, name: gr.Textbox, settings: list[gr.components.Component], run: gr.Dropdown,
+    watching: dict[str, Any],
+) -> None:  # fmt: skip
+    """Start and dry run. `watching`: the event that shows what the run of `run` is doing."""
+    with gr.Row():
+        begin = gr.Button("Start", variant="primary", min_width=100, elem_id=f"{method}_start")
+        dry = gr.Button("Dry run", min_width=100, elem_id=f"{method}_dry_run")
+        cancel = gr.Button("Cancel the dry run", min_width=100, visible=False)
+    measured = gr.Markdown("", elem_id=f"{method}_measured")
+
     @ui.said
-    def start(name: str, config: str, source: str, *values: Any):
-        config = with_source(forms.filled(method, config, list(values)), source)
+    def start(name: str, *settings: Any):
+        config = _resolved(page, method, *settings)
         started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases)
         return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
 
     @ui.said
-    def measure(request: gr.Request, config: str, source: str, *values: Any):
-        config = with_source(forms.filled(method, config, list(values)), source)
+    def measure(request: gr.Request, *settings: Any):
+        config = _resolved(page, method, *settings)
         with ui.stoppable(page, request) as stopped:
             said = jobs.dry_run(page.folder, method, config, page.bases)
             for words in said:
@@ -145,6 +159,32 @@ def _build(page: ui.Page, method: str) -> None:
 
     def end(request: gr.Request):
         ui.cancel(page, request)
+
+    begin.click(start, [name, *settings], [run, name], **ui.ACTION).success(**watching, **ui.QUICK)
+    dry.click(
+        measure, settings, [measured, cancel], api_visibility="private", show_progress_on=measured, **ui.MODEL
+    )  # fmt: skip
+    cancel.click(end, None, None, **ui.QUICK)
+
+
+def _watched(page: ui.Page, method: str) -> tuple[gr.Dropdown, dict[str, Any]]:
+    """A run: its state, curve and pictures, and the buttons that stop and resume it. The run, and the event's arguments
+    that show it."""
+    run = gr.Dropdown([], label="Run", allow_custom_value=True, elem_id=f"{method}_run")
+    status = gr.Markdown("No training yet.", elem_id=f"{method}_status")
+    with gr.Row():
+        stop = gr.Button("Stop and save", min_width=100, elem_id=f"{method}_stop")
+        resume = gr.Button("Resume", min_width=100, elem_id=f"{method}_resume")
+    curve = gr.Dropdown([], label="Curve", allow_custom_value=True)
+    plot = gr.LinePlot(x="step", y="value", height=260, elem_id=f"{method}_plot", x_title="step", y_title=" ")
+    pictures = gr.Gallery(
+        label="Pictures on the way, the newest first", columns=2, height="auto", elem_classes="pixels",
+        elem_id=f"{method}_pictures", interactive=False, buttons=ui.BUTTONS,
+    )  # fmt: skip
+    with gr.Accordion("What the trainer says", open=False):
+        log = gr.Textbox(lines=12, max_lines=12, show_label=False, container=False, interactive=False)
+    shown = gr.State("")
+    timer = gr.Timer(POLL_SECONDS, active=False)
 
     @ui.said
     def halt(run: str) -> str:
@@ -178,18 +218,6 @@ def _build(page: ui.Page, method: str) -> None:
 
     watching = {"fn": watch, "inputs": [run, curve, shown]}
     watching |= {"outputs": [status, plot, pictures, log, curve, shown, timer]}
-    preset.input(choose, preset, [about, text, *fields], **ui.ACTION)
-    for field in fields:
-        gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **ui.ACTION)
-    text.blur(read, text, fields, **ui.ACTION)
-    upload.upload(take, upload, [text, *fields], **ui.ACTION)
-    download.click(give, [text, source, name, *fields], download, **ui.ACTION)
-    begin.click(start, [name, text, source, *fields], [run, name], **ui.ACTION).success(**watching, **ui.QUICK)
-    dry.click(
-        measure, [text, source, *fields], [measured, cancel], api_visibility="private", show_progress_on=measured,
-        **ui.MODEL,
-    )  # fmt: skip
-    cancel.click(end, None, None, **ui.QUICK)
     stop.click(halt, run, status, **ui.ACTION)
     resume.click(go_on, run, None, **ui.ACTION).success(**watching, **ui.QUICK)
     gr.on([run.input, curve.input, timer.tick], **watching, **ui.QUICK)
@@ -197,10 +225,10 @@ def _build(page: ui.Page, method: str) -> None:
     def refresh():
         found = _runs(page, method)
         chosen = next((run for run in found if jobs.running(page.folder / run)), found[0] if found else None)
-        sets = [*choices, *data.sets(page.data, method)]
-        return gr.Dropdown(found, value=chosen), fresh_name(page, method), gr.Dropdown(sets), *watch(chosen, None, "")
+        return gr.Dropdown(found, value=chosen), *watch(chosen, None, "")
 
-    page.on_load.append((refresh, [run, name, source, *watching["outputs"]]))
+    page.on_load.append((refresh, [run, *watching["outputs"]]))
+    return run, watching
 
 
 def _runs(page: ui.Page, method: str) -> list[str]:
