@@ -128,12 +128,7 @@ def alignit(
     of others, a cache of earlier steps, joint attention, another base; RuntimeError when one of these comes up inside.
     """
     concepts = _as_concepts(concepts)
-    if mode not in ("attention", "input"):
-        raise ValueError(f"mode: expected attention or input, got {mode!r}.")
-    if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
-        raise ValueError(f"Expected source dummy or prompt, infuse both, keys or values; got {source!r}, {infuse!r}.")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
+    _check_settings(mode, source, infuse, strength, timesteps)
     if "encode_prompt" in vars(pipe):
         raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     if mode == "input":
@@ -148,27 +143,14 @@ def alignit(
     for other in (base, custom):
         if other is not None:
             _check_family(other)
-    _check_phrases(concepts)
-    if truncation is not None:
-        from alignkit.concepts import check_truncation
-
-        check_truncation([concept.learned for concept in concepts if concept.learned is not None], truncation)
-    for concept in concepts:
-        if concept.learned is not None:
-            concept.learned.check(pipe)
+    _check_concepts(pipe, concepts, source, truncation)
     pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
     _check_network(pipe)
-    if source == "prompt" and len({concept.learned is None for concept in concepts}) > 1:
-        raise ValueError(
-            "source prompt needs all concepts in the tokenizer, or all of them loaded by alignkit.concepts."
-        )
     names = text_layers(pipe.unet)
     unknown = sorted(set(layers or ()) - set(names))
     if unknown or (layers is not None and not layers):
         raise ValueError(f"layers: expected some of {names}, got {unknown or 'none'}.")
-    if timesteps is not None and not timesteps[0] <= timesteps[1]:
-        raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
 
     tokenizers = tuple(name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None)
     window = min(getattr(base or pipe, name).model_max_length for name in tokenizers)
@@ -694,6 +676,34 @@ def _as_concepts(concepts: Sequence[Any]) -> list[Concept]:
     if not found:
         raise ValueError("Expected at least one concept, got none.")
     return found
+
+
+def _check_settings(
+    mode: str, source: str, infuse: str, strength: float, timesteps: tuple[float, float] | None
+) -> None:  # fmt: skip
+    if mode not in ("attention", "input"):
+        raise ValueError(f"mode: expected attention or input, got {mode!r}.")
+    if source not in ("dummy", "prompt") or infuse not in ("both", "keys", "values"):
+        raise ValueError(f"Expected source dummy or prompt, infuse both, keys or values; got {source!r}, {infuse!r}.")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
+    if timesteps is not None and not timesteps[0] <= timesteps[1]:
+        raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
+
+
+def _check_concepts(pipe: Any, concepts: Sequence[Concept], source: str, truncation: int | None) -> None:
+    _check_phrases(concepts)
+    learned = [concept.learned for concept in concepts if concept.learned is not None]
+    if truncation is not None:
+        from alignkit.concepts import check_truncation
+
+        check_truncation(learned, truncation)
+    for one in learned:
+        one.check(pipe)
+    if source == "prompt" and 0 < len(learned) < len(concepts):
+        raise ValueError(
+            "source prompt needs all concepts in the tokenizer, or all of them loaded by alignkit.concepts."
+        )
 
 
 def _check_phrases(concepts: Sequence[Concept]) -> None:
