@@ -37,7 +37,14 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models import attention_processor
 from torch import Tensor, nn
 
-from alignkit.attention import paired_projections, projection_pairs, text_layers
+from alignkit.attention import (
+    ATTENTION_CACHES,
+    BLOCK_CACHES,
+    find_cache,
+    paired_projections,
+    projection_pairs,
+    text_layers,
+)
 from alignkit.marker import is_marked, marked, numbered_bank, unmarked
 
 PROCESSORS = (
@@ -46,15 +53,6 @@ PROCESSORS = (
     "CustomDiffusionAttnProcessor2_0", "CustomDiffusionXFormersAttnProcessor", "IPAdapterAttnProcessor",
     "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor",
 )  # fmt: skip
-CACHES = (
-    "pyramid_attention_broadcast",
-    "faster_cache",
-    "fbc_",
-    "mag_cache",
-    "sea_cache",
-    "taylorseer",
-    "text_kv_cache",
-)
 
 
 @dataclass(frozen=True)
@@ -804,12 +802,9 @@ def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
                 f"{name} has the attention processor {type(processor).__name__}, which may read text in its own way: "
                 "call pipe.unet.set_default_attn_processor() first."
             )
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        cache = next((hook for hook in hooks if hook.startswith(CACHES)), None)
-        if cache:
-            raise kind(
-                f"{name or 'the U-Net'} has the cache {cache}, which reuses attention of earlier steps: disable it."
-            )
+    found = find_cache(pipe.unet, ATTENTION_CACHES + BLOCK_CACHES)
+    if found:
+        raise kind(f"{found[0]} has the cache {found[1]}, which reuses what earlier steps computed: disable it.")
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:

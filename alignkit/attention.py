@@ -45,6 +45,10 @@ ContextSource = Callable[[Tensor, Tensor], Tensor | None]
 
 _EXECUTION_ORDER = ("down_blocks", "mid_block", "up_blocks")  # modules are registered down, up, mid
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
+# Hooks of diffusers, by what their names begin with: what keeps an attention's output, or its keys and values, for
+# later steps, whose text is another by then; and what keeps whole blocks' outputs.
+ATTENTION_CACHES = ("pyramid_attention_broadcast", "faster_cache", "text_kv_cache")
+BLOCK_CACHES = ("fbc_", "mag_cache", "sea_cache", "taylorseer")
 
 
 def use_plain_attention(network: nn.Module, device_type: str) -> None:
@@ -189,16 +193,19 @@ def _parts(attentions: Sequence[Attention]) -> list:
 
 
 def _refuse_caches(denoiser: nn.Module) -> None:
-    """Those of diffusers that keep an attention's output for later steps, whose text is another by then."""
+    found = find_cache(denoiser, ATTENTION_CACHES)
+    if found:
+        raise ValueError(f"{found[0]} has the cache {found[1]!r}, which would miss that the text changes.")
+
+
+def find_cache(denoiser: nn.Module, prefixes: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first module that has one of these caches of diffusers, and the cache."""
     for name, module in denoiser.named_modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        cache = next(
-            (hook for hook in hooks if hook.startswith(("pyramid_attention", "faster_cache", "text_kv"))), None
-        )
+        cache = next((hook for hook in hooks if hook.startswith(prefixes)), None)
         if cache:
-            raise ValueError(
-                f"{name or 'the network'} has the cache {cache!r}, which would miss that the text changes."
-            )
+            return name or "the network", cache
+    return None
 
 
 def _reads_text(module: nn.Module) -> bool:

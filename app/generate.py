@@ -232,9 +232,9 @@ def extract_control(
 ) -> Image.Image:
     """What the ControlNet is shown, at the base's size: a map that was given, or one that is read off a picture."""
     height, width = models.base(base).image_size()
-    picture = ImageOps.fit(picture, (width, height))
     if is_map:
-        return picture
+        return ImageOps.fit(picture, (width, height), _map_resampling(models.folder, controlnet))
+    picture = ImageOps.fit(picture, (width, height))
     from diffusers.utils import numpy_to_pil
 
     from alignkit.data import to_tensor
@@ -244,13 +244,23 @@ def extract_control(
     return numpy_to_pil(control.permute(0, 2, 3, 1).cpu().numpy())[0]
 
 
+def _map_resampling(folder: Path, controlnet: str | None) -> Image.Resampling:
+    """Colours of classes are not mixed; what is no run of ours does not say what its maps are."""
+    said = _said_of_condition(folder, controlnet) if controlnet else {}
+    return Image.Resampling.NEAREST if said.get("name") == "segmentation" else Image.Resampling.BICUBIC
+
+
+def _said_of_condition(folder: Path, controlnet: str) -> dict[str, Any]:
+    return safety.read_config(jobs.config_of(folder, controlnet)).get("condition", {})
+
+
 def _condition(folder: Path, controlnet: str | None) -> Any:
     """Of the run that trained this ControlNet."""
     from alignkit.conditions import CONDITIONS, build_condition
 
     if not controlnet:
         raise ValueError("Choose a ControlNet: it decides what is read off the picture.")
-    said = safety.read_config(jobs.config_of(folder, controlnet)).get("condition", {})
+    said = _said_of_condition(folder, controlnet)
     if said.get("name") not in CONDITIONS:
         raise ValueError(f"{controlnet} does not say what its control is: give the map itself.")
     return build_condition(said["name"], **said.get("args", {}))

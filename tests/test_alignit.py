@@ -631,7 +631,7 @@ def test_step_cache(inversion):
         cross_attention_block_identifiers=["mid"],
     )
     apply_pyramid_attention_broadcast(inversion.pipe.unet, config)
-    with pytest.raises(ValueError, match="reuses attention of earlier steps"), inversion.aligned():
+    with pytest.raises(ValueError, match="reuses what earlier steps computed"), inversion.aligned():
         pass
 
 

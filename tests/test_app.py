@@ -721,6 +721,15 @@ def test_a_controlnet_follows_what_is_read_off_a_picture(world):
         generate.draw(world, guided)
 
 
+@pytest.mark.parametrize("condition, mixed", [("segmentation", False), ("canny", True)])
+def test_a_map_of_classes_keeps_its_colours(world, monkeypatch, condition, mixed):
+    monkeypatch.setattr(jobs, "config_of", lambda folder, run: f"condition: {{name: {condition}}}")
+    picture = Image.new("RGB", (60, 60), (255, 0, 0))
+    picture.paste((0, 0, 255), (13, 13, 41, 41))
+    control = generate.extract_control(world, "tiny", "controlnetpp/edges", picture, is_map=True)
+    assert (len(control.getcolors()) > 2) == mixed
+
+
 def test_settings_travel_in_the_png(world, tmp_path):
     tuned = settings(loras={"alignprop/style": 0.7}, negative_prompt="ü <b>", guidance_scale=2.5)
     image = generate.draw(world, tuned)

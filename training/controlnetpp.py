@@ -494,7 +494,9 @@ class Validation:
         seeds = [torch.Generator().manual_seed(VALIDATION_SEED + i) for i in range(len(rows))]
         examples = [data.example(row, size, seed) for row, seed in zip(rows, seeds, strict=True)]
         self.prompts = [example.prompt for example in examples]
-        self.x_0, self.targets = encode(base, condition, examples)
+        size = cfg.train_batch_size  # as many at once as training has room for
+        encoded = [encode(base, condition, examples[i : i + size]) for i in range(0, len(examples), size)]
+        self.x_0, self.targets = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         self.controls = condition.control(self.targets).float()
 
     @torch.no_grad()
