@@ -4,6 +4,7 @@
     python tests/benchmarks/neti_emoji.py --run          # the cells that are missing; needs the sweep
     python tests/benchmarks/neti_emoji.py --run --arm neti --tier A
     python tests/benchmarks/neti_emoji.py                # the tables of what is there
+    python tests/benchmarks/neti_emoji.py --picture docs/neti.png   # of the concepts that were run on this machine
 
 Twelve concepts of tier A and twelve of tier B, five pictures each, one training seed, 15 prompts with three sampling
 seeds. A cell trains one concept by the trainer's own command line and scores it at several steps, and a mapper at
@@ -17,10 +18,12 @@ import hashlib
 import json
 import subprocess
 import sys
+import textwrap
 from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "neti" / "emoji.yaml"
@@ -37,6 +40,7 @@ ARMS = {
 }
 TIERS = {"neti": "AB", "neti without bypass": "A", "textual_inversion": "AB", "p_plus": "AB"}
 FIGURES = ("image_similarity", "identity", "text_similarity")
+SHOWN_ARMS, SHOWN_PROMPTS = ("neti", "textual_inversion", "p_plus"), (0, 7, 11)  # of the picture
 
 
 def key(arm: str, tier: str, number: int, rate: float) -> dict:
@@ -65,13 +69,16 @@ def find(wanted: dict) -> dict | None:
     return next((cell for cell in cells() if wanted.items() <= cell.items()), None)
 
 
+def folder_of(wanted: dict) -> Path:
+    name = "_".join(str(value) for value in wanted.values()).replace(" ", "-")
+    return ROOT / "runs" / "benchmarks" / f"neti_{name}"
+
+
 def run_cell(wanted: dict) -> None:
     from alignkit.emoji import concepts
     from alignkit.personalization import evaluate
 
-    concept = concepts.concepts(wanted["tier"])[wanted["number"]]
-    name = "_".join(str(value) for value in wanted.values()).replace(" ", "-")
-    folder = ROOT / "runs" / "benchmarks" / f"neti_{name}"
+    concept, folder = concepts.concepts(wanted["tier"])[wanted["number"]], folder_of(wanted)
     images = concepts.write(concept, folder / "images", seed=wanted["number"])
     command = [sys.executable, "training/neti.py", "--config", str(CONFIG), "--output_dir", str(folder / "run")]
     command += ["--train_data_dir", str(images), "--super_category_token", concept.sprite.noun.split()[-1]]
@@ -158,18 +165,49 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def picture(tier: str = "A", number: int = 6) -> Image.Image:
+    """The first concepts that every method has: a row each of one that was shown, and each method's first seed."""
+    from alignkit.personalization import EMOJI_PROMPTS
+
+    rates = {arm: best_rate(arm) for arm in SHOWN_ARMS}
+    rows = [[folder_of(key(arm, tier, i, rates[arm])) for arm in SHOWN_ARMS] for i in range(CONCEPTS)]
+    rows = [row for row in rows if all((path / f"grid_{STEPS[-1]}_None").exists() for path in row)][:number]
+    if not rows:
+        raise SystemExit("No concept has been run with all methods on this machine: use --run first.")
+    side, top = 128, 46
+    columns = [(name, prompt) for name in SHOWN_ARMS for prompt in SHOWN_PROMPTS]
+    sheet = Image.new("RGB", (side * (1 + len(columns)), top + side * len(rows)), "white")
+    write = ImageDraw.Draw(sheet)
+    write.text((4, 2), "one of five\nthat were shown", "black")
+    for x, (name, prompt) in enumerate(columns, start=1):
+        words = "\n".join([name, *textwrap.wrap(EMOJI_PROMPTS[prompt].format("<>"), 21)])
+        write.text((x * side + 4, 2), words, "black")
+    for y, row in enumerate(rows):
+        place = top + side * y
+        with Image.open(row[0] / "images" / "0.png") as shown:
+            sheet.paste(shown.resize((side, side), Image.Resampling.NEAREST), (0, place))
+        for x, (name, prompt) in enumerate(columns, start=1):
+            folder = row[SHOWN_ARMS.index(name)] / f"grid_{STEPS[-1]}_None"
+            with Image.open(folder / f"{STEPS[-1]}.png") as grid:
+                sheet.paste(grid.crop((0, side * prompt, side, side * (prompt + 1))), (x * side, place))
+    return sheet
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="run the missing cells of the sweep")
     parser.add_argument("--run", action="store_true", help="run the missing cells that are scored")
     parser.add_argument("--arm", action="append", choices=ARMS, help="these alone")
     parser.add_argument("--tier", action="append", choices=("A", "B"), help="these alone")
+    parser.add_argument("--picture", metavar="FILE", help="write what the methods draw of some concepts")
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     for wanted in [*(sweep() if args.sweep else ()), *(run() if args.run else ())]:
         chosen = wanted["arm"] in (args.arm or ARMS) and wanted["tier"] in (args.tier or "AB")
         if chosen and find(wanted) is None:
             run_cell(wanted)
+    if args.picture:
+        picture().save(args.picture)
     if not args.sweep:
         print(table())
 
