@@ -96,8 +96,11 @@ class Composed:
                 f"This pipeline has the adapter {sorted(adapters)[0]!r} already: pass its file as one of the loras, or "
                 "as a concept, after pipe.unload_lora_weights()."
             )
-        self.base = self.pipe = pipe
-        self.alignit = alignit
+        self.base, self.alignit = pipe, alignit
+        self._empty()
+
+    def _empty(self) -> None:
+        self.pipe = self.base
         self.loras: dict[str, float] = {}
         self.concepts: dict[str, customized.Customized] = {}
         self._customizer: customized.Customized | None = None
@@ -204,7 +207,8 @@ class Composed:
             base.unload_lora_weights()
         if self._tokenizer is not None:
             base.text_encoder.resize_token_embeddings(self._vocabulary)
-        self.__init__(base)
+        self.alignit = False
+        self._empty()
         return base
 
     def offload(self, how: Literal["model", "sequential"], device: str | torch.device) -> None:
