@@ -27,6 +27,7 @@ import copy
 import inspect
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from alignkit.attention import (
     projection_pairs,
     text_layers,
 )
+from alignkit.concepts.text import encode_contexts, keep_recent, prefix, tokenize, towers
 from alignkit.marker import is_marked, marked, numbered_bank, unmarked
 
 PROCESSORS = (
@@ -235,7 +237,8 @@ class _Text:
         self.custom, self.base, self.source, self.segment = custom, base, source, segment
         self.truncation, self.base_adapters = truncation, base_adapters
         self.concepts = [_on_device(concept, custom) for concept in concepts]
-        self.num_layers, self.cache, self.window = num_layers, {}, segment.window
+        self.num_layers, self.window = num_layers, segment.window
+        self.cache: OrderedDict[tuple, Tensor] = OrderedDict()
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
 
     def find(self, prompt: str) -> list[tuple[int, int, Concept]]:
@@ -300,28 +303,43 @@ class _Text:
         return self.custom.maybe_convert_prompt(text, tokenizer) if known else text
 
     @torch.no_grad()
-    def concept_rows(self, prompt: _Prompt, span: _Span, timestep: float) -> tuple[Tensor, Tensor]:
-        """Keys and values of a concept in the customised model, each [L or 1, n, D]."""
-        learned = span.concept.learned
-        time = timestep if learned is not None and learned.module.varies_in_time else None
-        key = (span.text, span.index, span.concept.phrase, prompt.extra, time)
-        if key not in self.cache:
-            if learned is not None:
-                self.cache[key] = self.learned_rows(span, timestep, dict(prompt.extra))
-            else:
-                keys = values = self.stock_rows(span, span.concept.phrase, prompt.extra)
-                if span.concept.values_from is not None:
-                    values = self.stock_rows(span, span.concept.values_from, prompt.extra)
-                    if values.shape != keys.shape:
-                        raise ValueError(
-                            f"values_from: {span.concept.values_from!r} has {values.shape[1]} tokens, expected the "
-                            f"{keys.shape[1]} of {span.concept.phrase!r}."
-                        )
-                self.cache[key] = (keys, values)
-        return self.cache[key]
+    def concept_rows(self, needed: Sequence[tuple[_Prompt, float]]) -> list[list[Tensor]]:
+        """Of prompts at timesteps: their concepts' keys and values in the customised model, [2, L or 1, n, D] each."""
+        keys = [[self.key(prompt, span, timestep) for span in prompt.spans] for prompt, timestep in needed]
+        spans = {
+            key: span
+            for (prompt, _), own in zip(needed, keys, strict=True)
+            for span, key in zip(prompt.spans, own, strict=True)
+        }
+        missing = {key: span for key, span in spans.items() if key not in self.cache}
+        self.cache |= {k: self.stock_rows(span, k[2]) for k, span in missing.items() if span.concept.learned is None}
+        learned = {key: span for key, span in missing.items() if span.concept.learned is not None}
+        for extra in {extra for _, _, extra, _ in learned}:
+            self.cache |= self.learned_rows({key: span for key, span in learned.items() if key[2] == extra})
+        keep_recent(self.cache, spans)
+        return [[self.cache[key] for key in own] for own in keys]
 
-    def stock_rows(self, span: _Span, words: str, extra: tuple) -> Tensor:
-        """[1, n, D]: of the words in the concept's place, by the pipeline's own text encoders."""
+    def key(self, prompt: _Prompt, span: _Span, timestep: float) -> tuple[str, int, tuple, float | None]:
+        """(text, number of the concept in it, extra, timestep): what a concept's rows depend on."""
+        found = [concept.learned for _, _, concept in self.find(span.text) if concept.learned is not None]
+        varies = any(learned.module.varies_in_time for learned in found)
+        return span.text, span.index, prompt.extra, float(timestep) if varies else None
+
+    def stock_rows(self, span: _Span, extra: tuple) -> Tensor:
+        """[2, 1, n, D], by the pipeline's own text encoders."""
+        concept = span.concept
+        keys = values = self.rows_of_words(span, concept.phrase, extra)
+        if concept.values_from is not None:
+            values = self.rows_of_words(span, concept.values_from, extra)
+            if values.shape != keys.shape:
+                raise ValueError(
+                    f"values_from: {concept.values_from!r} has {values.shape[1]} tokens, expected the "
+                    f"{keys.shape[1]} of {concept.phrase!r}."
+                )
+        return torch.stack([keys, values])
+
+    def rows_of_words(self, span: _Span, words: str, extra: tuple) -> Tensor:
+        """[1, n, D]: of the words in the concept's place."""
         places = self.find(span.text)
         start, stop, _ = places[span.index]
         text = span.text[:start] + words + span.text[stop:]
@@ -331,18 +349,23 @@ class _Text:
             rows = _rows(self.segment.of(self.custom), self.window, text, [(start, start + len(words))])[0][0]
         return _encode(self.encode_custom, text, dict(extra))[0][:, self.segment.start :][:, slice(*rows)]
 
-    def learned_rows(self, span: _Span, timestep: float, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        from alignkit.concepts.text import encode_contexts, tokenize, towers
-
-        own = towers(self.custom)
-        learned = {concept.phrase: concept.learned for _, _, concept in self.find(span.text)}
-        tokens = [tokenize(tower, span.text, learned) for tower in own]
-        first = tokens[0].spans[span.index][1]
-        time = torch.tensor([float(timestep)], device=self.custom._execution_device)
-        clip_skip = extra.get("clip_skip") or 0
-        keys, values = encode_contexts(own, [tokens], learned, time, self.num_layers, self.truncation, clip_skip)
-        rows = slice(first, first + span.concept.learned.module.num_vectors)
-        return keys[0, :, rows].to(self.custom.unet.dtype), values[0, :, rows].to(self.custom.unet.dtype)
+    def learned_rows(self, spans: dict[tuple, _Span]) -> dict[tuple, Tensor]:
+        """[2, L or 1, n, D] of each key, all in one batch; the keys' extra is one."""
+        learned = {c.phrase: c.learned for text, *_ in spans for _, _, c in self.find(text)}
+        own, calls = towers(self.custom), sorted({(text, time or 0.0) for text, _, _, time in spans})
+        tokens = {text: [tokenize(tower, text, learned) for tower in own] for text, _ in calls}
+        prompts = prefix([tokens[text] for text, _ in calls], learned)
+        times = torch.tensor([time for _, time in calls], device=self.custom._execution_device)
+        clip_skip = dict(next(iter(spans))[2]).get("clip_skip") or 0
+        sides = encode_contexts(own, prompts, learned, times, self.num_layers, self.truncation, clip_skip)
+        found = {}
+        for key, span in spans.items():
+            text, index, _, time = key
+            row, first = calls.index((text, time or 0.0)), tokens[text][0].spans[index][1]
+            places = slice(first, first + span.concept.learned.module.num_vectors)
+            # stacked: a view would keep the memory of the whole batch
+            found[key] = torch.stack([side[row, :, places] for side in sides]).to(self.custom.unet.dtype)
+        return found
 
 
 def _on_device(concept: Concept, pipe: Any) -> Concept:
@@ -484,23 +507,20 @@ def _placed(
             if bank is not None:
                 numbers[i] = bank.number(prompt)
             else:
-                keys, _, mask = _infused(text, prompt, 0.0, rows[i])
+                keys, _, mask = _infused(prompt, text.concept_rows([(prompt, 0.0)])[0], rows[i])
                 rows[i] = torch.where(mask, torch.lerp(rows[i], keys[0], strength), rows[i])
     embeds = torch.stack(rows)
     return embeds if bank is None else marked(embeds, numbers)
 
 
-def _infused(text: _Text, prompt: _Prompt, timestep: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _infused(prompt: _Prompt, found: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The concepts' keys and values in their places, [L or 1, S, D], zero elsewhere; and where that is, [S, 1]."""
-    found = [text.concept_rows(prompt, span, timestep) for span in prompt.spans]
-    n_layers = max(len(keys) for keys, _ in found)
-    keys = like.new_zeros(n_layers, *like.shape)
-    values, mask = torch.zeros_like(keys), torch.zeros_like(like[:, :1], dtype=torch.bool)
-    for span, (own_keys, own_values) in zip(prompt.spans, found, strict=True):
-        keys[:, span.start : span.stop] = own_keys.to(like)
-        values[:, span.start : span.stop] = own_values.to(like)
+    both = like.new_zeros(2, max(rows.shape[1] for rows in found), *like.shape)
+    mask = torch.zeros_like(like[:, :1], dtype=torch.bool)
+    for span, rows in zip(prompt.spans, found, strict=True):
+        both[:, :, span.start : span.stop] = rows.to(like)
         mask[span.start : span.stop] = True
-    return keys, values, mask
+    return *both, mask
 
 
 # Joint attention: the rows that enter the transformer
@@ -640,12 +660,12 @@ class _Bank:
         n_layers = len(self.layers)
         infused = [text.new_zeros(len(text), n_layers, *text.shape[2:]) for _ in range(2)]
         masks = text.new_zeros(len(text), 1, text.shape[2], 1)
-        for row, number in enumerate(numbers):
-            if not number:
-                continue
-            if self.timesteps is not None and not self.timesteps[0] <= timesteps[row] <= self.timesteps[1]:
+        of_concepts = [row for row, number in enumerate(numbers) if number]
+        needed = [(self.prompts[numbers[row]], timesteps[row]) for row in of_concepts]
+        for row, (prompt, timestep), found in zip(of_concepts, needed, self.text.concept_rows(needed), strict=True):
+            if self.timesteps is not None and not self.timesteps[0] <= timestep <= self.timesteps[1]:
                 weights[row] = 0
-            keys, values, mask = _infused(self.text, self.prompts[number], timesteps[row], text[row, 0])
+            keys, values, mask = _infused(prompt, found, text[row, 0])
             infused[0][row], infused[1][row] = keys, values
             masks[row, 0] = mask
         return self._joined(text, infused, weights * masks)

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from alignkit.attention import text_layers
-from alignkit.concepts.text import Tokens, encode_contexts, find, substitute, tokenize, towers
+from alignkit.concepts.text import Tokens, encode_contexts, find, keep_recent, substitute, tokenize, towers
 from alignkit.marker import is_marked, marked, numbered_bank, unmarked
-
-CACHE_BYTES = 256 * 2**20  # of contexts, the least recently used go first
 
 
 @dataclass(frozen=True)
@@ -113,10 +111,7 @@ class _Source:
                 ]
                 # clones: a view would keep the memory of the whole batch
                 self.cache[key] = _Contexts(keys[i].clone(), values[i][:, positions].clone(), positions)
-        for key in needed:
-            self.cache.move_to_end(key)
-        while len(self.cache) > len(needed) and sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES:
-            self.cache.popitem(last=False)
+        keep_recent(self.cache, needed)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ the token embedding by a hook that lives for one call.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from alignkit.concepts.mapper import Vectors
 
 ROWS_AT_A_TIME = 64  # of text, where no gradient is kept
+CACHE_BYTES = 256 * 2**20  # of contexts that are kept for another call
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,19 @@ def tokenize(tower: Tower, prompt: str, concepts: Mapping[str, Any]) -> Tokens:
     return Tokens(torch.tensor(ids), torch.tensor(mask), tuple(spans))
 
 
+def prefix(prompts: Sequence[Sequence[Tokens]], concepts: Mapping[str, Any]) -> list[list[Tokens]]:
+    """The same prompts cut behind the last concept of them all.
+
+    Text encoders are causal, so these rows are what they are in the whole prompt, to rounding.
+    """
+    spans = [span for prompt in prompts for tokens in prompt for span in tokens.spans]
+    stop = max(start + concepts[name].module.num_vectors for name, start in spans)
+    return [
+        [replace(t, input_ids=t.input_ids[:stop], attention_mask=t.attention_mask[:stop]) for t in prompt]
+        for prompt in prompts
+    ]
+
+
 def noun_ids(tower: Tower, noun: str) -> list[int]:
     """Token ids of a super-category; ValueError when there are none."""
     ids = tower.tokenizer(noun, add_special_tokens=False).input_ids
@@ -189,6 +204,15 @@ def base_contexts(towers: Sequence[Tower], prompts: Sequence[Sequence[Tokens]]) 
         nowhere = torch.zeros_like(ids, dtype=torch.bool)
         states.append(_encode(tower, ids, mask, torch.zeros((), device=device), nowhere, None, clip_skip=0)[0])
     return torch.cat(states, -1)
+
+
+def keep_recent(cache: OrderedDict, needed: Collection) -> None:
+    """Drops what was used least recently until CACHE_BYTES hold the values (by their `nbytes`); `needed` stays."""
+    for key in needed:
+        cache.move_to_end(key)
+    size = sum(value.nbytes for value in cache.values())
+    while len(cache) > len(needed) and size > CACHE_BYTES:
+        size -= cache.popitem(last=False)[1].nbytes
 
 
 def _bypass(vectors: Vectors, part: slice, alpha: float) -> Tensor:
