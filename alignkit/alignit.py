@@ -42,6 +42,7 @@ from alignkit.attention import (
     ATTENTION_CACHES,
     BLOCK_CACHES,
     find_cache,
+    only_adapters,
     paired_projections,
     projection_pairs,
     text_layers,
@@ -353,7 +354,8 @@ class _Text:
         """[2, L or 1, n, D] of each key, all in one batch; the keys' extra is one."""
         learned = {c.phrase: c.learned for text, *_ in spans for _, _, c in self.find(text)}
         own, calls = towers(self.custom), sorted({(text, time or 0.0) for text, _, _, time in spans})
-        tokens = {text: [tokenize(tower, text, learned) for tower in own] for text, _ in calls}
+        convert = getattr(self.custom, "maybe_convert_prompt", None)
+        tokens = {text: [tokenize(tower, text, learned, convert) for tower in own] for text, _ in calls}
         prompts = prefix([tokens[text] for text, _ in calls], learned)
         times = torch.tensor([time for _, time in calls], device=self.custom._execution_device)
         clip_skip = dict(next(iter(spans))[2]).get("clip_skip") or 0
@@ -750,9 +752,12 @@ def _check_family(pipe: Any) -> None:
 
 
 def _refuse_merged(pipe: Any) -> None:
-    if getattr(pipe, "_merged_adapters", None):
+    merged = set(getattr(pipe, "_merged_adapters", None) or ())
+    for layer in (layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)):
+        merged |= set(layer.merged_adapters)
+    if merged:
         raise ValueError(
-            f"The LoRA {sorted(pipe._merged_adapters)} was merged into the weights, so the base's are gone. Call "
+            f"The LoRA {sorted(merged)} was merged into the weights, so the base's are gone. Call "
             "pipe.unfuse_lora() first, or load it without merging."
         )
 
@@ -846,13 +851,8 @@ def _active_adapters(module: nn.Module, base_adapters: Sequence[str]) -> list[st
 @contextmanager
 def _base_adapters(pipe: Any, names: Sequence[str]) -> Iterator[None]:
     """Inside, the text encoders are the base's: of their active adapters, `names` alone."""
-    layers = [layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)]
-    active = [(layer, list(layer.active_adapters)) for layer in layers if not layer.disable_adapters]
-    for layer, own in active:
-        kept = [name for name in own if name in names]
-        layer.set_adapter(kept, inference_mode=True)
-    try:
+    with ExitStack() as stack:
+        for layer in (layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)):
+            if not layer.disable_adapters:
+                stack.enter_context(only_adapters(layer, [name for name in layer.active_adapters if name in names]))
         yield
-    finally:
-        for layer, own in active:
-            layer.set_adapter(own, inference_mode=True)

@@ -334,12 +334,21 @@ class SomeAdapters(nn.Module):
         self.__dict__["layer"] = layer  # not a submodule: it has its place in the network
 
     def forward(self, x: Tensor) -> Tensor:
-        active = list(self.layer.active_adapters)
-        self.layer.set_adapter(self.adapters, inference_mode=True)
-        try:
+        with only_adapters(self.layer, self.adapters):
             return self.layer.forward(x)
-        finally:
-            self.layer.set_adapter(active, inference_mode=True)
+
+
+@contextmanager
+def only_adapters(layer: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Inside, these of the adapters of a layer of peft are active, frozen; afterwards those that were, as they were."""
+    active, trained = list(layer.active_adapters), [p for p in layer.parameters() if p.requires_grad]
+    layer.set_adapter(adapters, inference_mode=True)
+    try:
+        yield
+    finally:
+        layer.set_adapter(active, inference_mode=True)
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def _same_layer(other: nn.Module, name: str, attention: Attention) -> Attention:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alignkit import alignit as alignit_module
 from alignkit import concepts
 from alignkit.alignit import Concept, alignit
+from alignkit.artifacts import save_lora
 from alignkit.attention import projection_pairs, text_layers
 from alignkit.base import load_base
 from alignkit.customized import cross_attention, load_custom_diffusion, save_custom_diffusion
@@ -283,8 +284,11 @@ def test_image_differs_from_both_and_is_finite(case):
 
 
 def test_no_trace(case):
-    """F 27: hooks, processors, tokenizer, encode_prompt; the same pixels before and after, and after an exception."""
+    """F 27: hooks, processors, tokenizer, what is trained; the same pixels before and after, and after an exception."""
     prompt = prompt_of(case)
+    for net in (case.pipe.unet, case.pipe.text_encoder):
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_("lora_" in name)
     before, state = draw(case.pipe, prompt), trace(case.pipe)
     with case.aligned():
         draw(case.pipe, prompt)
@@ -300,6 +304,7 @@ def trace(pipe) -> tuple:
     modules = [m for net in (pipe.unet, pipe.text_encoder, pipe.vae) for m in net.modules()]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in modules]
     flags = [m.disable_adapters for m in modules if hasattr(m, "base_layer")]
+    flags += [p.requires_grad for m in modules for p in m.parameters(recurse=False)]
     return hooks, flags, [id(p) for p in pipe.unet.attn_processors.values()], len(pipe.tokenizer), set(vars(pipe))
 
 
@@ -659,10 +664,44 @@ def test_compiled(lora):
 # Refused by name
 
 
-def test_merged_lora(lora):
+def test_merged_lora(lora, tiny_model, tmp_path):
     lora.pipe.unet.fuse_lora()
     with pytest.raises(ValueError, match="was merged into the weights"), lora.aligned():
         pass
+    case = make("text_lora", tiny_model, tmp_path)
+    for layer in (m for m in case.pipe.text_encoder.modules() if hasattr(m, "base_layer")):
+        layer.merge()
+    rebuilt = StableDiffusionPipeline(**case.pipe.components, requires_safety_checker=False)  # which knows of nothing
+    with pytest.raises(ValueError, match=r"The LoRA \['default'\] was merged"), alignit(rebuilt, [case.concept]):
+        pass
+
+
+def test_lora_that_the_pipeline_merged(tiny_model, tmp_path):
+    pipe = new_pipe(tiny_model, torch.float32)
+    customise("lora", pipe, tmp_path)
+    save_lora(tmp_path, pipe.unet)
+    pipe = new_pipe(tiny_model, torch.float32)
+    pipe.load_lora_weights(tmp_path, adapter_name="thing")
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match=r"\['thing'\] was merged"), alignit(pipe, [Concept("<t> dog", "dog")]):
+        pass
+    pipe.unfuse_lora()
+    with alignit(pipe, [Concept("<t> dog", "dog")]):
+        pass
+
+
+def test_a_trained_lora_of_the_base_stays_trained(lora):
+    """Named in base_adapters: it is switched for every call, and its gradient's flag comes back."""
+    unet = lora.pipe.unet
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="style")
+    unet.set_adapter(["default", "style"])
+    unet.requires_grad_(False)
+    trained = [p for n, p in unet.named_parameters() if "lora_" in n]
+    for parameter in trained:
+        parameter.requires_grad_()
+    with lora.aligned(base_adapters=["style"]):
+        draw(lora.pipe, prompt_of(lora))
+    assert trained and all(parameter.requires_grad for parameter in trained)
 
 
 def test_fused_projections(lora):
@@ -691,7 +730,19 @@ def test_foreign_processor_and_exchange_inside(lora, inversion):
             pass
 
 
-def test_step_cache(inversion):
+def test_fusion_and_step_cache_inside(lora, inversion):
+    """F 24: what comes up while the block is open."""
+    with inversion.aligned():
+        inversion.pipe.unet.fuse_qkv_projections()
+        with pytest.raises(RuntimeError, match="attention processor Fused"):
+            draw(inversion.pipe, prompt_of(inversion))
+    with lora.aligned():
+        broadcast(lora.pipe.unet)
+        with pytest.raises(RuntimeError, match="reuses what earlier steps computed"):
+            draw(lora.pipe, prompt_of(lora))
+
+
+def broadcast(unet: nn.Module) -> None:
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
     config = PyramidAttentionBroadcastConfig(
@@ -699,7 +750,11 @@ def test_step_cache(inversion):
         current_timestep_callback=lambda: 1,
         cross_attention_block_identifiers=["mid"],
     )
-    apply_pyramid_attention_broadcast(inversion.pipe.unet, config)
+    apply_pyramid_attention_broadcast(unet, config)
+
+
+def test_step_cache(inversion):
+    broadcast(inversion.pipe.unet)
     with pytest.raises(ValueError, match="reuses what earlier steps computed"), inversion.aligned():
         pass
 

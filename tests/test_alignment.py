@@ -93,11 +93,13 @@ def write(kind: str, pipe, folder):
     return learned.save(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "kind", ["lora", "peft", "kohya", "custom_diffusion", "dreambooth", "textual_inversion", "p_plus", "neti"]
 )
-def test_what_people_have(kind, tiny_model, base, pipe, tmp_path):
+def test_what_people_have(kind, dtype, tiny_model, tmp_path):
     """Loaded, it draws another concept; with AlignIT nothing leaks to the other tokens, without it something does."""
+    base, pipe = new_pipe(tiny_model, dtype), new_pipe(tiny_model, dtype)
     names = {} if kind in ("p_plus", "neti") else NAMES if kind != "textual_inversion" else NAMES | {"phrase": "<t>"}
     customized = load(pipe, write(kind, new_pipe(tiny_model, torch.float32), tmp_path), **names)
     draw(pipe, "a hat")

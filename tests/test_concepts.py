@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import alignkit
 from alignkit.attention import text_layers
 from alignkit.base import load_base
-from alignkit.concepts import Concepts, Mapper, create, encode_contexts, load, tokenize
+from alignkit.concepts import Concepts, Mapper, applied, create, encode_contexts, load, tokenize
 from alignkit.concepts.text import find, substitute, towers
 from tests.test_attention import hooks_and_processors, record, small_unet
 
@@ -115,6 +115,19 @@ def test_autocast_and_batch_do_not_change_it():
     assert torch.equal(cast, m(t, layer).token)
     single = torch.cat([m(t[i : i + 1], layer[i : i + 1]).token for i in range(64)])
     assert torch.allclose(single, cast, atol=1e-6)
+
+
+def test_fourier_features_are_exact_where_matrix_products_are_not():
+    m, (t, layer) = mapper(), pairs()
+    exact = t.double()[:, None] * m.frequencies.double()[:, 0] + layer.double()[:, None] * m.frequencies.double()[:, 1]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16, which is 0.5 off at t = 999
+    try:
+        features = m.encode(t, layer)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected = torch.cat([exact.sin(), exact.cos()], dim=-1).float() / 32
+    torch.testing.assert_close(features * 32, expected * 32, rtol=0, atol=1e-4)
 
 
 # Text
@@ -358,6 +371,36 @@ def test_two_concepts_in_one_prompt(base, concept):
         pass
 
 
+def test_beside_a_token_of_several_vectors(base):
+    """What diffusers writes out ("<dog>" as "<dog> <dog>_1") is written out beside a concept too."""
+    pipe = pipeline(load_base("sd15", random_init=True, shrink=40))
+    width = pipe.unet.config.cross_attention_dim
+    pipe.load_textual_inversion({"<dog>": torch.randn(2, width, generator=torch.Generator().manual_seed(0))})
+    expected = pipe("a b <dog> c", latents=noise(1), **SETTINGS).images
+    vector = create("textual_inversion", pipe, "<x>", "b")
+    with Concepts([vector]).applied(pipe):
+        ours = pipe("a <x> <dog> c", latents=noise(1), **SETTINGS).images
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_the_least_recently_used_contexts_go(base, concept, monkeypatch):
+    pipe, sources = pipeline(base), []
+
+    class Kept(applied._Source):
+        def __init__(self, *args):
+            super().__init__(*args)
+            sources.append(self)
+
+    monkeypatch.setattr(applied, "_Source", Kept)
+    monkeypatch.setattr("alignkit.concepts.text.CACHE_BYTES", 0)
+    with Concepts([concept]).applied(pipe):
+        few = pipe("a <thing>", latents=noise(1), **SETTINGS).images
+    assert [timestep for _, timestep in sources[0].cache] == [1]  # of the last step alone
+    monkeypatch.undo()
+    with Concepts([concept]).applied(pipe):
+        assert torch.equal(pipe("a <thing>", latents=noise(1), **SETTINGS).images, few)
+
+
 def test_no_trace(base, concept):
     pipe = pipeline(base)
     vocabulary = len(pipe.tokenizer)
@@ -371,6 +414,11 @@ def test_no_trace(base, concept):
 
 def test_misuse(base, concept):
     pipe = pipeline(base)
+    pipe.encode_prompt = lambda *args: None  # somebody's own
+    with pytest.raises(RuntimeError, match="replaced already"), Concepts([concept]).applied(pipe):
+        pass
+    assert "encode_prompt" in vars(pipe)
+    del pipe.encode_prompt
     with Concepts([concept]).applied(pipe), pytest.warns(UserWarning, match="No placeholder"):
         pipe("a thing", **SETTINGS)
     for truncation in (-1, 17):

@@ -115,7 +115,7 @@ class Concepts:
         super-category in the placeholder's place.
 
         Raises ValueError for a concept of another base, a truncation that fits no mapper, and, at the call, for a
-        prompt that is longer than the text encoder reads.
+        prompt that is longer than the text encoder reads; RuntimeError inside another such block, or one of AlignIT.
         """
         from alignkit.concepts.applied import attached
 

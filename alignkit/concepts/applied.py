@@ -54,6 +54,7 @@ class _Source:
         self.concepts = {c.placeholder_token: replace(c, module=copy.deepcopy(c.module).eval()) for c in concepts}
         self.nouns = {c.placeholder_token: c.super_category_token for c in concepts}
         self.towers, self.num_layers, self.truncation = towers(pipe), len(text_layers(pipe.unet)), truncation
+        self.convert = getattr(pipe, "maybe_convert_prompt", None)
         self.window = min(tower.max_length for tower in self.towers)
         self.varies_in_time = any(c.module.varies_in_time for c in concepts)
         self.prompts: list[_Prompt | None] = [None]
@@ -66,7 +67,10 @@ class _Source:
             return 0
         key = (*texts, clip_skip)
         if key not in self.numbers:
-            tokens = [tokenize(tower, text, self.concepts) for tower, text in zip(self.towers, texts, strict=True)]
+            tokens = [
+                tokenize(tower, text, self.concepts, self.convert)
+                for tower, text in zip(self.towers, texts, strict=True)
+            ]
             if len({tuple(part.spans) for part in tokens}) > 1:
                 raise ValueError(f"A concept has to stand in the same place for both text encoders, got {texts}.")
             self.prompts.append(_Prompt(tokens, clip_skip))
@@ -117,6 +121,8 @@ class _Source:
 @contextmanager
 def attached(pipe: Any, concepts: Sequence[Any], truncation: int | None) -> Iterator[None]:
     """See `Concepts.applied`, which checks what it is given."""
+    if "encode_prompt" in vars(pipe):
+        raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     source = _Source(pipe, concepts, truncation)
     with ExitStack() as stack:
         stack.enter_context(numbered_bank(pipe, source, source.window))

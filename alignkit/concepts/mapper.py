@@ -88,8 +88,9 @@ class Mapper(nn.Module):
         """Fourier features [N, 2 F] of unit length (Tancik et al. 2020): the kernel's length is 1/sigma."""
         # in half precision the phase of t = 999 is off by up to half a radian
         with torch.autocast(timestep.device.type, enabled=False):
-            position = torch.stack([timestep.float(), layer.float()], dim=-1)
-            phase = position @ self.frequencies.float().T
+            # not a matrix product, which may be in TF32 or bfloat16 too (torch.set_float32_matmul_precision)
+            of_time, of_layer = self.frequencies.float().unbind(-1)
+            phase = timestep.float()[:, None] * of_time + layer.float()[:, None] * of_layer
             return torch.cat([phase.sin(), phase.cos()], dim=-1) / math.sqrt(len(self.frequencies))
 
     def forward(self, timestep: Tensor, layer: Tensor, truncation: int | Tensor | None = None) -> Vectors:

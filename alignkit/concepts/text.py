@@ -6,7 +6,7 @@ the token embedding by a hook that lives for one call.
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,8 +85,13 @@ class Tokens:
     spans: tuple[tuple[str, int], ...]
 
 
-def tokenize(tower: Tower, prompt: str, concepts: Mapping[str, Any]) -> Tokens:
+def tokenize(
+    tower: Tower, prompt: str, concepts: Mapping[str, Any], convert: Callable[[str, Any], str] | None = None
+) -> Tokens:
     """Tokens of a prompt in which each concept takes as many positions as it has vectors, filled with its noun's id.
+
+    `convert`: of the text around them, with the tokenizer: a pipeline's `maybe_convert_prompt`, which writes out a
+    token that it has loaded with several vectors.
 
     Raises ValueError when that is longer than the text encoder reads.
     """
@@ -97,6 +102,7 @@ def tokenize(tower: Tower, prompt: str, concepts: Mapping[str, Any]) -> Tokens:
             spans.append((piece, len(ids) + 1))
             ids += noun_ids(tower, concept.super_category_token)[:1] * concept.module.num_vectors
         else:
+            piece = convert(piece, tokenizer) if convert and piece.strip() else piece
             ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     length, room = len(ids) + 2, tower.max_length
     if length > room:
