@@ -2,7 +2,9 @@
 
     python tests/benchmarks/neti_overhead.py
 
-Counted: FLOPs of one denoising step for 8 images of one prompt with guidance at SD 1.5's shapes (no weights needed).
+Counted: FLOPs of one denoising step of one prompt with guidance at SD 1.5's shapes (no weights needed), for 8 images
+and for one, and of what AlignIT needs of the text. A prompt that was seen before costs no text: its contexts are kept
+(tests/test_concepts.py counts the calls).
 Measured: CPU time on the emoji world, the same prompt with a concept and with a word, new and seen before, median of 5.
 """
 
@@ -19,16 +21,18 @@ from alignkit.base import ARCHITECTURES, load_base
 from alignkit.concepts import Concepts, Mapper, create
 
 IMAGES = 8
+WINDOW, PREFIX = 77, 5  # tokens of the whole prompt; of AlignIT's "a photo of <thing>", up to the concept
 
 
 @torch.no_grad()
-def counted() -> None:
+def counted(images: int, length: int) -> tuple[int, int]:
+    """FLOPs of a step at SD 1.5's shapes, with guidance: of the network, and of `length` tokens for all its layers."""
     path = ARCHITECTURES["sd15"]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path, subfolder="unet"))
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(path, subfolder="text_encoder"))
-        layers, length, width = len(text_layers(unet)), 77, unet.config.cross_attention_dim
-        inputs = torch.empty(2 * IMAGES, 4, 64, 64), 1, torch.empty(2 * IMAGES, length, width)
+        layers, width = len(text_layers(unet)), unet.config.cross_attention_dim
+        inputs = torch.empty(2 * images, 4, 64, 64), 1, torch.empty(2 * images, WINDOW, width)
         with FlopCounterMode(display=False) as network:
             unet(*inputs)
         with FlopCounterMode(display=False) as text:
@@ -36,10 +40,7 @@ def counted() -> None:
     mapper = Mapper(layers, [width], [0.4])
     with FlopCounterMode(display=False) as small:
         mapper(torch.zeros(layers), torch.arange(layers))
-    work = text.get_total_flops() + small.get_total_flops()
-    whole = network.get_total_flops()
-    print(f"SD 1.5, {IMAGES} images of one prompt, a step: network {whole / 1e12:.2f} TFLOP, text for {layers} layers")
-    print(f"{work / 1e12:.3f} TFLOP = {100 * work / whole:.1f} %; of a prompt that was seen before, none")
+    return network.get_total_flops(), text.get_total_flops() + small.get_total_flops()
 
 
 def measured(steps: int = 10) -> None:
@@ -66,5 +67,10 @@ def measured(steps: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    counted()
+    for images, length, name in ((IMAGES, WINDOW, "NeTI"), (1, WINDOW, "NeTI"), (1, PREFIX, "NeTI under AlignIT")):
+        network, text = counted(images, length)
+        print(
+            f"SD 1.5, {images} of one prompt, a step: network {network / 1e12:.2f} TFLOP, text of {name} "
+            f"({length} tokens) {text / 1e12:.3f} TFLOP = {100 * text / network:.1f} %"
+        )
     measured()
