@@ -249,6 +249,23 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return images.clamp(0, 1).detach() + (images - images.detach())
 
 
+def require_finite(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The images (or latents) [B, ...] that a network of `dtype` drew. FloatingPointError where one is not finite."""
+    bad = [i for i, image in enumerate(images) if not image.isfinite().all()]
+    if bad:
+        half = dtype == torch.float16
+        raise FloatingPointError(
+            f"Pictures {bad} of {len(images)} are not finite. "
+            + (
+                "float16 ends at 65,504, which this model passes: draw in bfloat16 or float32."
+                if half
+                else f"In {str(dtype).removeprefix('torch.')} it is not the precision: draw without the LoRAs, the "
+                "ControlNet and the concepts, one by one, to see whose weights are too large."
+            )
+        )
+    return images
+
+
 def pick_device(name: str) -> str:
     """The device that a command was told: "auto" takes a GPU where there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
