@@ -16,6 +16,7 @@ from torch import Tensor
 from alignkit.alignit import Concept, alignit, token_rows
 from alignkit.artifacts import atomic
 from alignkit.attention import AttentionRecord, record_attention
+from alignkit.base import require_finite
 from alignkit.customized import Customized
 
 ARMS = ("base", "customised", "alignit")
@@ -73,7 +74,7 @@ def _sample(pipe: Any, prompt: str, settings: Settings, seed: int) -> Tensor:
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
     ).images
-    return images.float().cpu().clamp(0, 1)
+    return require_finite(images, pipe.unet.dtype).float().cpu().clamp(0, 1)
 
 
 # The leak

@@ -245,7 +245,7 @@ def load_lora(
     Strict where diffusers only warns: ValueError when the file is a pickle, damaged, or does not fit this network
     in every key and every shape. The network is untouched then.
     """
-    network = _network(pipe_or_network)
+    network = network_of(pipe_or_network)
     weights, alphas, metadata = _read_lora(network, path)
     if adapter_name in getattr(network, "peft_config", {}):
         raise ValueError(f"adapter {adapter_name!r} is already loaded: unload it, or choose another adapter_name")
@@ -275,7 +275,7 @@ def mix_loras(
     Raises:
         ValueError: as `load_lora`; the network has an adapter.
     """
-    network = _network(pipe_or_network)
+    network = network_of(pipe_or_network)
     mixed: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for path, weight in loras.items():
         for name, (down, up) in _lora_factors(network, path).items():
@@ -305,7 +305,7 @@ def mix_lora_factors(
     It is not the mixture of the updates, which is `mix_loras`: it has cross terms B_i A_j, and a weight of w alone
     scales an update by w^2. Arguments and errors as there; the LoRAs must have the same layers and ranks.
     """
-    network = _network(pipe_or_network)
+    network = network_of(pipe_or_network)
     summed: dict[str, Tensor] = {}
     for path, weight in loras.items():
         factors = _lora_factors(network, path)
@@ -336,7 +336,8 @@ def _lora_factors(network: nn.Module, path: str | os.PathLike) -> dict[str, tupl
     return factors
 
 
-def _network(pipe_or_network: Any) -> nn.Module:
+def network_of(pipe_or_network: Any) -> nn.Module:
+    """The U-Net or the transformer of a pipeline, or what it was given."""
     return getattr(pipe_or_network, "unet", None) or getattr(pipe_or_network, "transformer", pipe_or_network)
 
 

@@ -5,6 +5,7 @@ What differs between families stands in families.py. All sizes come from the mod
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from peft import LoraConfig
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from alignkit import emoji
 from alignkit.artifacts import load_tensors, read_pretrained
@@ -248,6 +249,23 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return images.clamp(0, 1).detach() + (images - images.detach())
 
 
+def require_finite(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The images (or latents) [B, ...] that a network of `dtype` drew. FloatingPointError where one is not finite."""
+    bad = [i for i, image in enumerate(images) if not image.isfinite().all()]
+    if bad:
+        half = dtype == torch.float16
+        raise FloatingPointError(
+            f"Pictures {bad} of {len(images)} are not finite. "
+            + (
+                "float16 ends at 65,504, which this model passes: draw in bfloat16 or float32."
+                if half
+                else f"In {str(dtype).removeprefix('torch.')} it is not the precision: draw without the LoRAs, the "
+                "ControlNet and the concepts, one by one, to see whose weights are too large."
+            )
+        )
+    return images
+
+
 def pick_device(name: str) -> str:
     """The device that a command was told: "auto" takes a GPU where there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -268,8 +286,8 @@ def load_base(
 
     `pretrained_model_name_or_path`: "emoji" (bundled), a diffusers folder, a name on the Hub, or a `.safetensors` file
     with the whole model. `config`, for a file: the diffusers folder or Hub name whose configs and tokenizers go with
-    it, and whose weights fill what the file lacks (as FLUX files lack their text encoders); by default the Hub's
-    original of what its keys say it is.
+    it, and whose weights fill what the file lacks (FLUX's own has the transformer alone, SD3's has no text encoders);
+    by default the Hub's original of what its keys say it is.
     `random_init`: random weights (always the same ones) from the config files alone, for trying out a config without
     the weights; the names in `ARCHITECTURES` need no download then. `shrink` divides all widths, keeping every layer's
     name. In float16, a VAE that says of itself that it overflows there (`force_upcast`) stays float32.
@@ -277,7 +295,8 @@ def load_base(
     `quantization`: of the network's frozen weights as they are read: "nf4" (bitsandbytes, 4 bits, Dettmers et al. 2023,
     arXiv 2305.14314), "int8" (torchao), or what diffusers' from_pretrained takes as quantization_config.
     Raises FileNotFoundError where there is no such model, ValueError for a family that is not supported, a pickle, a
-    damaged or incomplete file, a quantization whose library is not there or that this device has not.
+    damaged or incomplete file or one of another family than `config`, a model that sees a picture beside the noise
+    (inpainting, editing), a quantization whose library is not there or that this device has not.
     """
     if shrink < 1 or (shrink > 1 and not random_init):
         raise ValueError(f"shrink must be at least 1, and above 1 only with random_init, got {shrink}.")
@@ -293,7 +312,15 @@ def load_base(
     if random_init:
         path = ARCHITECTURES.get(path, path)
     configs = (config or _config_of_file(path)) if single_file else path
-    family = family_of(configs)
+    try:
+        family = family_of(configs)
+    except FileNotFoundError as error:
+        if not single_file or config:
+            raise
+        raise FileNotFoundError(
+            f"{path}: the configs and tokenizers of {configs} go with it, and cannot be read. Name a folder that has "
+            f"them as config (base_config). {error}"
+        ) from error
     if random_init:
         pipe = random_pipeline(configs, family, dtype, shrink, "meta" if str(device) == "meta" else "cpu")
     elif single_file:
@@ -302,6 +329,13 @@ def load_base(
         pipe = _from_pretrained(path, family, dtype, quantization)
     if not random_init:
         _refuse_incomplete(pipe, path)
+    network = getattr(pipe, family.network).config
+    if network.get("out_channels") not in (None, network.in_channels):
+        raise ValueError(
+            f"{path} reads {network.in_channels} channels and gives {network.out_channels}: it is a model for "
+            "inpainting, editing or upscaling, which sees a picture beside the noise. Expected one that sees noise "
+            "and text alone."
+        )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             if not (offload_text_encoders and name.startswith("text_encoder")):
@@ -402,23 +436,61 @@ def _quantization(name: str, family: Family, dtype: torch.dtype) -> PipelineQuan
 
 def _config_of_file(path: str) -> str:
     """The Hub's original of a single file, by its keys."""
-    return fetch_diffusers_config(load_tensors(path))["pretrained_model_name_or_path"]
+    tensors = load_tensors(path)
+    _family_of_file(path, tensors)  # diffusers takes what it does not know for SD 1.5
+    return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+
+
+def _family_of_file(path: str, keys: Iterable[str]) -> Family:
+    found = [family for family in FAMILIES.values() if _holds(keys, family.single_file[family.network])]
+    if not found:
+        supported = "; ".join(family.label for family in FAMILIES.values())
+        raise ValueError(
+            f"{path} is not a whole base model in its original names: expected one of {supported}; got keys such as "
+            f"{', '.join(sorted(keys)[:3]) or 'none'}. LoRAs and ControlNets go with a base; what has diffusers' names "
+            "lies in a folder in diffusers format."
+        )
+    return found[-1]  # SDXL's U-Net has what SD's has, and more
+
+
+def _holds(keys: Iterable[str], pattern: str) -> bool:
+    return any(re.match(pattern, key) for key in keys)
 
 
 def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str) -> DiffusionPipeline:
-    load_tensors(path)  # for its checks
+    keys = load_tensors(path).keys()
+    own = _family_of_file(path, keys)
+    if own is not family:
+        raise ValueError(
+            f"{path} is of the family {own.label}, and its config {config} of {family.label}: name the folder or Hub "
+            "name that goes with it as config (base_config)."
+        )
+    index = family.pipeline.load_config(config)
+    parts = {name: None for name in family.components if index.get(name, ("",))[0] is None}
+    for name, pattern in family.single_file.items():
+        if name not in parts and not _holds(keys, pattern):
+            parts[name] = _absent_part(family, name, path, config, dtype)
     try:
-        pipe = family.pipeline.from_single_file(path, config=config, dtype=dtype, **family.options)
-    except SingleFileComponentError as error:
+        pipe = family.pipeline.from_single_file(path, config=config, dtype=dtype, **parts, **family.options)
+    except (LookupError, RuntimeError, SingleFileComponentError) as error:  # of a tensor that is not there, or is cut
         raise ValueError(
-            f"{path} does not hold all of a model of the family {family.label}: {str(error).strip().splitlines()[0]} "
-            "Name a complete diffusers folder as config, whose weights fill what is missing."
+            f"{path} is incomplete: tensors of a model of the family {family.label} are missing or of another shape "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})."
         ) from error
-    except NotImplementedError as error:  # diffusers moves what it found no tensor for
-        raise ValueError(
-            f"{path} is incomplete: tensors of a model of the family {family.label} are missing."
-        ) from error
+    for name in family.single_file:
+        if isinstance(part := getattr(pipe, name), PreTrainedModel):
+            part.tie_weights()  # T5's table of tokens has two names, and a file may have one of them
     return pipe
+
+
+def _absent_part(family: Family, name: str, path: str, config: str, dtype: torch.dtype) -> nn.Module:
+    try:
+        return read_pretrained(family.components[name], config, subfolder=name, dtype=dtype)
+    except OSError as error:
+        raise ValueError(
+            f"{path} does not hold all of a model of the family {family.label}: it has no {name}, and {config} has no "
+            f"weights of one. Name a complete diffusers folder as config (base_config). {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _keep_in_float32(vae: AutoencoderKL) -> None:

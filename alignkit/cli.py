@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command, options = command[name], options[name]
     try:
         command(**vars(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"alignkit {name}: {error}") from error
 
 

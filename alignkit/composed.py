@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from alignkit import customized
 from alignkit.alignit import alignit as aligned
-from alignkit.base import Base, load_base
+from alignkit.artifacts import network_of
+from alignkit.base import Base, load_base, require_finite
 from alignkit.concepts import Concepts
 from alignkit.concepts.text import substitute
 from alignkit.controlnet import check_fit, kind_of, load_controlnet
@@ -280,9 +281,10 @@ class Composed:
         reward_prompt: what the reward is told in the prompt's place; prompt_embeds need it, as they are not text.
         options: of the stock pipeline (negative_prompt, num_inference_steps, guidance_scale, callbacks, ...).
 
-        Raises ValueError for what this pipeline has no part for. Warns where no concept is in the prompt.
+        Raises ValueError for what this pipeline has no part for, FloatingPointError where a picture is not finite, as
+        in float16 beyond its range. Warns where no concept is in the prompt.
         """
-        asked, images = _listed(prompt, options), options.get("num_images_per_prompt") or 1
+        asked, count = _listed(prompt, options), options.get("num_images_per_prompt") or 1
         if seed is not None and options.get("generator") is not None:
             raise ValueError("Pass a seed or a generator, not both.")
         if reward is None and (best_of != 1 or ascent or reward_scale):
@@ -295,7 +297,7 @@ class Composed:
                     f"show, which prompt_embeds do not say; got {reward_prompt!r}."
                 )
             reward = _built(reward).to(self.pipe._execution_device)
-            search = RewardSearch(self._score(reward, told, images, columns), best_of, as_ascent(ascent), reward_scale)
+            search = RewardSearch(self._score(reward, told, count, columns), best_of, as_ascent(ascent), reward_scale)
             search.check(self.pipe, reward, options)
         options |= self._control(control_image, options)
         if refine is not None:
@@ -304,20 +306,23 @@ class Composed:
             refiner = build_refiner(refine)
             texts = [refined(refiner, one, list(self.concepts)) for one in asked]
             prompt = texts[0] if isinstance(prompt, str) else texts
-        drawn: dict[str, Any] = {"prompts": [one for one in _listed(prompt, options) for _ in range(images)]}
+        drawn: dict[str, Any] = {"prompts": [one for one in _listed(prompt, options) for _ in range(count)]}
         with self.applied(alignit=alignit, lora_scale=lora_scale, truncation=truncation) as pipe:
+            output_type = options.pop("output_type", "pil")
             if reward is not None:
                 first = int(torch.randint(2**31, ())) if seed is None else seed
-                output_type = options.pop("output_type", "pil")
                 pictures, drawn["seeds"], drawn["rewards"], drawn["nsfw_content_detected"] = draw_best(
-                    pipe, prompt, first, images * len(asked), search, options
+                    pipe, prompt, first, count * len(asked), search, options
                 )
                 return Drawn(_converted(pipe, pictures, output_type), **drawn)
             if seed is not None:
-                drawn["seeds"] = [seed + i for i in range(images * len(asked))]
+                drawn["seeds"] = [seed + i for i in range(count * len(asked))]
                 options["generator"] = generators(drawn["seeds"])
-            output = pipe(prompt, **options)
-        return output if options.get("return_dict") is False else Drawn(**output, **drawn)
+            output = pipe(prompt, output_type="latent" if output_type == "latent" else "pt", **options)
+            images = _converted(pipe, require_finite(output[0], network_of(pipe).dtype), output_type)
+        if options.get("return_dict") is False:
+            return (images, *output[1:])
+        return Drawn(**{**output, "images": images}, **drawn)
 
     @contextmanager
     def applied(
@@ -448,7 +453,7 @@ def _built(reward: Any) -> nn.Module:
 
 def _converted(pipe: Any, images: Tensor, output_type: str) -> Any:
     """As the pipeline's own output is."""
-    if output_type == "pt":
+    if output_type in ("pt", "latent"):
         return images
     images = pipe.image_processor.pt_to_numpy(images)
     return images if output_type == "np" else pipe.image_processor.numpy_to_pil(images)

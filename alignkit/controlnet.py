@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from alignkit.artifacts import atomic, load_tensors, save_tensors
-from alignkit.base import Base
+from alignkit.base import Base, require_finite
 from alignkit.config import differences
 from alignkit.emoji import resolve
 from alignkit.families import Condition, flux_inputs, pack, split_added
@@ -267,7 +267,7 @@ def draw_controlled(
 
     The pixels of the family's stock ControlNet pipeline, but that `control_input` does not draw.
 
-    Raises ValueError as `base.denoiser`.
+    Raises ValueError as `base.denoiser`, FloatingPointError where an image is not finite.
     """
     images, device, size = [], base.device, controls.shape[-2:]
     timesteps = base.timesteps(num_inference_steps, *size)
@@ -282,7 +282,8 @@ def draw_controlled(
 
         told = [prompts[i] for i in rows]
         denoiser = base.denoiser(told, negative_prompt, guidance_scale, *size, forward=forward)
-        images.append(base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan=None)))
+        drawn = base.decode(sample(denoiser, x_T, base.schedule, timesteps, plan=None))
+        images.append(require_finite(drawn, base.network.dtype))
     return torch.cat(images)
 
 

@@ -171,7 +171,7 @@ def controllability(
     """
     import torch
 
-    from alignkit.base import load_base, pick_device
+    from alignkit.base import load_base, pick_device, require_finite
     from alignkit.conditions import build_condition
     from alignkit.conditions import score as score_condition
     from alignkit.controlnet import draw_controlled, load_controlnet
@@ -209,6 +209,7 @@ def controllability(
         if name == "real":
             with torch.no_grad():
                 images = torch.cat([loaded.decode(loaded.encode(some)) for some in real.split(batch_size)])
+            require_finite(images, loaded.vae.dtype)
         else:
             images = draw_controlled(
                 loaded,

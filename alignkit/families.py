@@ -43,6 +43,7 @@ class Family:
     label: str
     pipeline: type[DiffusionPipeline]
     components: dict[str, type]  # models and tokenizers, by their names in the pipeline
+    single_file: dict[str, str]  # the models, and a pattern of how their keys begin in one file with the original names
     condition: Callable[[DiffusionPipeline, list[str], int, int, bool], Condition]
     forward: Callable[..., Tensor]
     scheduler: type = DDIMScheduler  # what pictures are drawn with, as it is what training differentiates
@@ -130,6 +131,7 @@ def patch_ids(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
 
 
+_VAE = r"(first_stage_model|vae)\."
 _UNET = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 
 FAMILIES = {
@@ -137,6 +139,7 @@ FAMILIES = {
         "SD 1.x, SD 2.x and the emoji world",
         StableDiffusionPipeline,
         _UNET,
+        {"unet": r"model\.diffusion_model\.input_blocks\.", "vae": _VAE, "text_encoder": r"cond_stage_model\."},
         _sd_condition,
         _unet_forward,
         options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
@@ -145,6 +148,12 @@ FAMILIES = {
         "SDXL",
         StableDiffusionXLPipeline,
         _UNET | {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer},
+        {
+            "unet": r"model\.diffusion_model\.label_emb\.",
+            "vae": _VAE,
+            "text_encoder": r"conditioner\.embedders\.0\.",
+            "text_encoder_2": r"conditioner\.embedders\.1\.",
+        },
         _sdxl_condition,
         _unet_forward,
         options={"add_watermarker": False},
@@ -162,6 +171,13 @@ FAMILIES = {
             "text_encoder_3": T5EncoderModel,
             "tokenizer_3": T5TokenizerFast,
         },
+        {
+            "transformer": r"(model\.diffusion_model\.)?joint_blocks\.",
+            "vae": _VAE,
+            "text_encoder": r"text_encoders\.clip_l\.",
+            "text_encoder_2": r"text_encoders\.clip_g\.",
+            "text_encoder_3": r"text_encoders\.t5xxl\.",
+        },
         _sd3_condition,
         _sd3_forward,
         FlowMatchEulerDiscreteScheduler,
@@ -178,6 +194,12 @@ FAMILIES = {
             "tokenizer": CLIPTokenizer,
             "text_encoder_2": T5EncoderModel,
             "tokenizer_2": T5TokenizerFast,
+        },
+        {
+            "transformer": r"(model\.diffusion_model\.)?double_blocks\.0\.img_mod\.lin\.",  # not Chroma's nor FLUX.2's
+            "vae": _VAE,
+            "text_encoder": r"text_encoders\.clip_l\.",
+            "text_encoder_2": r"text_encoders\.t5xxl\.",
         },
         _flux_condition,
         _flux_forward,

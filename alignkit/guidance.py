@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alignkit.base import decode_latents
+from alignkit.artifacts import network_of
+from alignkit.base import decode_latents, require_finite
 from alignkit.noise import NoiseSchedule
 
 Score = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B], with gradient
@@ -263,6 +264,7 @@ def draw_best(
     for k in range(search.best_of):
         seeds = [seed + search.best_of * i + k for i in range(number)]
         output = _draw_once(pipe, prompt, seeds, search, options)
+        require_finite(output.images, network_of(pipe).dtype)
         flagged = getattr(output, "nsfw_content_detected", None)
         with torch.no_grad():
             rewards = search.score(output.images.float().clamp(0, 1))

@@ -103,6 +103,8 @@ def draw_concept(base, concepts, texts, seeds, truncation=None, num_inference_st
     """[len(texts) * seeds, 3, H, W] in [0, 1]: each prompt with noise of seed 0, 1, ..., by the stock pipeline."""
     import torch
 
+    from alignkit.base import require_finite
+
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
     word, drawn = concepts.concepts[0].placeholder_token, []
@@ -120,7 +122,7 @@ def draw_concept(base, concepts, texts, seeds, truncation=None, num_inference_st
                     output_type="pt",
                 ).images.cpu()
             )
-    return torch.cat(drawn).float().clamp(0, 1)
+    return require_finite(torch.cat(drawn), base.network.dtype).float().clamp(0, 1)
 
 
 def real_images(folder: str, resolution: int):

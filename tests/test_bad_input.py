@@ -1,22 +1,30 @@
 """Files that do not fit: said in one sentence that names the file or layer, before any work."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import alignkit
+from alignkit import alignment
 from alignkit.artifacts import remove
 from alignkit.base import load_base
+from alignkit.cli import main
+from alignkit.controlnet import draw_controlled, new_controlnet
+from alignkit.emoji import measure
 from alignkit.emoji.judges import AestheticHead, DensityCounter
+from alignkit.personalization import draw_concept
 from alignkit.rewards import build_reward
 from alignkit.rewards.aesthetic import load_head
 from alignkit.run import Run
 from tests.tiny import save_tiny_model
 from tests.tiny_models import owlvit, siglip
 from tests.toy import toy_config, toy_params
+from tests.toy_rewards import Red
 
 
 @pytest.fixture
@@ -134,3 +142,45 @@ def test_an_overflow_in_float16_says_what_to_do(tmp_path):
     images = torch.tensor([0.5, 1e5]).half().view(2, 1, 1, 1)
     with pytest.raises(FloatingPointError, match=r"(?s)images \[1\] of 2 are not finite after 0 steps.*try .* bf16"):
         run.require_finite(images, "the validation's images")
+
+
+WORD = SimpleNamespace(
+    concepts=[SimpleNamespace(placeholder_token="cat")], applied=lambda pipe, truncation: nullcontext()
+)
+DRAWS = {
+    "compose": lambda base: alignkit.compose(base)("a cat", seed=0, num_inference_steps=1),
+    "latents": lambda base: alignkit.compose(base)("a cat", seed=0, num_inference_steps=1, output_type="latent"),
+    "best of two": lambda base: alignkit.compose(base)("a cat", reward=Red(), best_of=2, num_inference_steps=1),
+    "evaluate reward": lambda base: measure.draw(base, ["a cat"], num_inference_steps=1),
+    "evaluate personalization": lambda base: draw_concept(base, WORD, ["a {}"], 1, num_inference_steps=1),
+    "evaluate alignment": lambda base: alignment._sample(base.pipeline(), "a cat", alignment.Settings(1), 0),
+    "evaluate controllability": lambda base: draw_controlled(
+        base, new_controlnet(base.unet, base.vae_scale_factor), torch.zeros(1, 3, 16, 16), ["a cat"], [0],
+        num_inference_steps=1, guidance_scale=2.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_a_picture_that_overflows_in_float16_is_said_and_not_black(how, saved):
+    base = load_base(str(saved), dtype=torch.float16)
+    DRAWS[how](base)
+    base.unet.conv_in.weight.data.fill_(6e4)
+    with pytest.raises(FloatingPointError, match=r"\[0.*\] of \d are not finite.*float16 ends at 65,504"):
+        DRAWS[how](base)
+    base = load_base(str(saved))
+    base.unet.conv_in.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="In float32 it is not the precision"):
+        DRAWS[how](base)
+
+
+def test_the_command_says_that_a_picture_overflows(saved, tmp_path):
+    path = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"conv_in.weight": tensors["conv_in.weight"].fill_(6e4)}, path)
+    line = ["generate", "--prompt", "a cat", "--model", str(saved), "--num_inference_steps", "1", "--output_dir"]
+    with pytest.raises(SystemExit, match="alignkit generate: Pictures .* draw in bfloat16 or float32"):
+        main([*line, str(tmp_path / "out"), "--dtype", "float16"])
+    assert not (tmp_path / "out").exists()
+    main([*line, str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from alignkit.base import load_base
 from alignkit.controlnet import load_controlnet, new_controlnet, save_controlnet
 from tests.test_families import thin
-from tests.test_single_file import original_unet_key
+from tests.original_names import unet_key
 
 OWN = [
     (r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0"),
@@ -26,7 +26,7 @@ def original_name(key: str) -> str:
     for pattern, name in OWN:
         if re.fullmatch(pattern, module):
             return f"{re.sub(pattern, name, module)}.{kind}"
-    return original_unet_key(key, layers=1)
+    return unet_key(key, layers=1)
 
 
 def test_a_single_file_in_either_names_is_the_same_controlnet(tmp_path):

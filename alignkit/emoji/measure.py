@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignkit.base import require_finite
 from alignkit.emoji import WEIGHTS_DIR, aesthetics, captions, prompts, resolve, scenes, sprites
 from alignkit.emoji.evaluator import Evaluator, matched_counts
 from alignkit.emoji.fit import to_float
@@ -36,7 +37,7 @@ def draw(
             guidance_scale=guidance_scale,
             output_type="pt",
         )
-        images.append(output.images.float().clamp(0, 1))
+        images.append(require_finite(output.images, base.unet.dtype).float().clamp(0, 1))
     return torch.cat(images)
 
 
