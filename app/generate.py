@@ -303,7 +303,8 @@ def draw(
         if settings.controlnet:
             if control is None:
                 raise ValueError("This ControlNet wants a control: upload or draw one.")
-            options |= {"controlnet_conditioning_scale": settings.control_scale}
+            # diffusers takes no whole number, which is what JSON makes of 1.0
+            options |= {"controlnet_conditioning_scale": float(settings.control_scale)}
         image = composed(
             settings.prompt,
             control_image=control if settings.controlnet else None,

@@ -24,11 +24,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from alignkit import concepts, load_base
 from alignkit.artifacts import save_json
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
-from alignkit.controlnet import new_controlnet, save_controlnet
 from alignkit.controls import SceneControls, open_controls
 from alignkit.data import read_concept_images
 from app import data, explore, forms, generate, jobs, page, safety, ui
@@ -647,20 +645,9 @@ def test_the_log_shows_a_progress_bar_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny base, and in the page's folder a LoRA of it, a concept and a ControlNet for edges."""
+    """A tiny base, and in the page's folder what is drawn with on it."""
     folder = tmp_path_factory.mktemp("world")
-    bases, runs = make_world(folder), folder / "runs"
-    base = load_base(bases["tiny"])
-    generator = torch.Generator().manual_seed(0)
-    concept = concepts.create("neti", base, "<thing>", "hat", hidden_size=8, num_frequencies=8)
-    controlnet = new_controlnet(base.unet, base.vae_scale_factor)
-    for parameter in [*concept.module.parameters(), *controlnet.parameters()]:
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    concept.save(runs / "neti" / "thing")
-    save_controlnet(runs / "controlnetpp" / "edges", controlnet)
-    (runs / "neti" / "thing" / jobs.CONFIG).write_text("")
-    (runs / "controlnetpp" / "edges" / jobs.CONFIG).write_text("condition:\n  name: canny\n")
-    return generate.Models(runs, bases)
+    return generate.Models(folder / "runs", make_world(folder))
 
 
 def settings(**fields) -> Settings:
