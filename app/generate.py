@@ -213,7 +213,10 @@ def concepts(folder: Path) -> dict[str, str]:
 def _concept(path: Path) -> str | None:
     for file, key in (("concept.json", "phrase"), ("config.json", "placeholder_token")):
         if (path / file).is_file():
-            return load_json(path / file).get(key)
+            try:
+                return load_json(path / file).get(key)
+            except (ValueError, AttributeError):  # damaged: one run's file does not hide the others
+                return None
     return None
 
 
