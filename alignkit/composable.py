@@ -63,6 +63,22 @@ class Composable:
         finally:
             self.maybe_free_model_hooks()
 
+    def to(self, *args: Any, **kwargs: Any) -> "Composable":
+        """As the stock class's, with DreamBooth's networks, which are beside the base's."""
+        super().to(*args, **kwargs)
+        self.composed.to(*args, **kwargs)
+        return self
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock class's. ValueError for parts that do not come along."""
+        self.composed.check_offload("model")
+        super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock class's. ValueError for parts that do not come along."""
+        self.composed.check_offload("sequential")
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Saves base, ControlNet, LoRAs and concepts; `from_pretrained` of the folder draws the same.
 

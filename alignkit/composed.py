@@ -220,6 +220,12 @@ class Composed:
         As diffusers' enable_model_cpu_offload and enable_sequential_cpu_offload. A judge of `reward` takes no part.
         Raises ValueError for parts that do not come along.
         """
+        self.check_offload(how)
+        enable = {"model": self.pipe.enable_model_cpu_offload, "sequential": self.pipe.enable_sequential_cpu_offload}
+        enable[how](device=device)
+
+    def check_offload(self, how: Literal["model", "sequential"]) -> None:
+        """Raises ValueError for parts that offloading would leave behind."""
         if self._customizer is not None and self._customizer.base is not None:
             raise ValueError(
                 f"offload: {self._customizer.concept.phrase!r} is DreamBooth's, a second network beside the base's, "
@@ -230,16 +236,25 @@ class Composed:
                 f"offload: Custom Diffusion's weights of {self._customizer.concept.phrase!r} are put into the network "
                 "for each call, where sequential offloading does not find them. Take model."
             )
-        enable = {"model": self.pipe.enable_model_cpu_offload, "sequential": self.pipe.enable_sequential_cpu_offload}
-        enable[how](device=device)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Composed":
+        """Moves and casts all parts, as a pipeline's `to`; returns itself."""
+        for pipe in self._pipes:
+            pipe.to(*args, **kwargs)
+        return self
+
+    @property
+    def _pipes(self) -> list[Any]:
+        """The pipeline that draws and, where that has parts of its own, the base's."""
+        return [self.pipe] if self.pipe is self.base else [self.pipe, self.base]
 
     def follow(self, components: Mapping[str, Any], progress_bar_config: Mapping[str, Any]) -> None:
         """Takes over what was replaced in the pipeline that it draws for: a scheduler, a VAE, a compiled U-Net."""
-        for pipe in {id(pipe): pipe for pipe in (self.pipe, self.base)}.values():
+        for pipe in self._pipes:
             pipe.set_progress_bar_config(**progress_bar_config)
         for name, part in components.items():
             old = getattr(self.base, name)
-            for pipe in (self.pipe, self.base) if part is not old else ():
+            for pipe in self._pipes if part is not old else ():
                 if getattr(pipe, name) is old:
                     setattr(pipe, name, part)
 
@@ -377,6 +392,9 @@ class Composed:
                     pipe.set_adapters(list(scales), list(scales.values()))
             if self._processors is not None:
                 unet = self.base.unet
+                for processor in self._processors.values():
+                    if isinstance(processor, nn.Module):  # with weights, which were not there when the U-Net was moved
+                        processor.to(unet.device, unet.dtype)
                 stack.callback(unet.set_attn_processor, dict(unet.attn_processors))
                 unet.set_attn_processor(dict(self._processors))
             if self._tokenizer is not None:

@@ -213,7 +213,10 @@ def concepts(folder: Path) -> dict[str, str]:
 def _concept(path: Path) -> str | None:
     for file, key in (("concept.json", "phrase"), ("config.json", "placeholder_token")):
         if (path / file).is_file():
-            return load_json(path / file).get(key)
+            try:
+                return load_json(path / file).get(key)
+            except (ValueError, AttributeError):  # damaged: one run's file does not hide the others
+                return None
     return None
 
 
@@ -303,7 +306,8 @@ def draw(
         if settings.controlnet:
             if control is None:
                 raise ValueError("This ControlNet wants a control: upload or draw one.")
-            options |= {"controlnet_conditioning_scale": settings.control_scale}
+            # diffusers takes no whole number, which is what JSON makes of 1.0
+            options |= {"controlnet_conditioning_scale": float(settings.control_scale)}
         image = composed(
             settings.prompt,
             control_image=control if settings.controlnet else None,

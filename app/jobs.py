@@ -8,10 +8,12 @@ import functools
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,15 @@ import yaml
 from alignkit.artifacts import load_json, read_events, remove, save_json
 from app import safety
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("alignprop", "controlnetpp", "neti", "customize")
 CONFIG, RECORD, LOG = "job.yaml", "job.json", "log.txt"
+CACHE = ".cache"  # of the page's folder: what browsers are given
 ARTIFACTS = (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".md", ".txt")
 START = threading.Lock()
 STEPS_OF_BAR = re.compile(r"\| (\d+)/(\d+) \[[\d:]+<([\d:]+|\?)")  # in tqdm's bar: done, of, time left
@@ -81,12 +89,12 @@ def start(folder: Path, method: str, name: str, config: str, bases: Mapping[str,
 def resume(folder: Path, run: str, bases: Mapping[str, str]) -> None:
     """The same command again, which goes on from the newest checkpoint."""
     path = find(folder, run)
-    if not (path / CONFIG).is_file():
+    if not (path / CONFIG).is_file() or run.partition("/")[0] not in METHODS:
         raise ValueError(f"{run} was not started here: resume it by the command that started it.")
     _checked(folder, (path / CONFIG).read_text(encoding="utf-8"), bases)
     with START:
         _refuse_second(folder)
-        _spawn(path, load_json(path / RECORD)["method"])
+        _spawn(path, run.partition("/")[0])
 
 
 def stop(folder: Path, run: str) -> None:
@@ -155,6 +163,7 @@ def delete(folder: Path, run: str) -> None:
     if running(path):
         raise ValueError(f"{run} is being trained: stop it first.")
     remove(path)
+    remove(_packed(folder, run))
 
 
 def _checked(folder: Path, config: str, bases: Mapping[str, str]) -> str:
@@ -208,7 +217,7 @@ def _spawn(path: Path, method: str) -> None:
     with open(path / LOG, "wb") as log:  # of this process alone, as its last words say how it ended
         process = _popen(_command(path, method), log)
     born = psutil.Process(process.pid).create_time()  # a pid alone may be another process by tomorrow
-    save_json({"method": method, "pid": process.pid, "born": born}, path / RECORD)
+    save_json({"pid": process.pid, "born": born}, path / RECORD)
     threading.Thread(target=process.wait, daemon=True).start()  # else it stays a zombie as long as the page lives
 
 
@@ -216,16 +225,27 @@ def _spawn(path: Path, method: str) -> None:
 
 
 def running(path: Path) -> psutil.Process | None:
-    """The process that trains there."""
-    if not (path / RECORD).is_file():
-        return None
-    record = load_json(path / RECORD)
+    """The process that trains there, also one that was started by a command."""
     try:
+        record = load_json(path / RECORD)
         process = psutil.Process(record["pid"])
-        alive = process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+        if process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    except (psutil.Error, ValueError, TypeError, KeyError):  # none, or a damaged record
+        pass
+    holder = _holder(path / ".lock")
+    return psutil.Process(holder) if holder and psutil.pid_exists(holder) else None
+
+
+def _holder(lock: Path) -> int | None:
+    """The process that holds the lock which a trainer takes on its folder. Asks without taking it."""
+    if sys.platform != "linux" or not lock.is_file():
         return None
-    return process if alive else None
+    kind = "hhqqi"  # struct flock: type, whence, start, length, process
+    with open(lock, "rb+") as file:
+        found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(kind, fcntl.F_WRLCK, 0, 0, 0, 0))
+    state, *_, process = struct.unpack(kind, found)
+    return None if state == fcntl.F_UNLCK else process
 
 
 def runs(folder: Path) -> list[str]:
@@ -310,10 +330,24 @@ def samples(folder: Path, run: str) -> list[tuple[str, str]]:
 
 
 def artifacts(folder: Path, run: str) -> list[str]:
-    """The files of a run that are worth having, without checkpoints."""
+    """The files of a run that are worth having, without checkpoints; folders of weights, such as unet/, as zips."""
     path = find(folder, run)
-    files = [file for file in sorted(path.iterdir()) if file.suffix in ARTIFACTS and not file.name.startswith(".")]
-    return [str(file) for file in files if file.is_file() and not file.is_symlink()]
+    there = [file for file in sorted(path.iterdir()) if not file.name.startswith(".") and not file.is_symlink()]
+    files = [str(file) for file in there if file.is_file() and file.suffix in ARTIFACTS]
+    packed = _packed(folder, run)
+    for part in there:
+        if any(part.glob("*.safetensors")) and not part.name.startswith("checkpoint-"):
+            packed.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(packed / f"{part.name}.zip", "w") as archive:  # stored: weights do not get smaller
+                for file in sorted(part.rglob("*")):
+                    if file.is_file() and not file.is_symlink():
+                        archive.write(file, file.relative_to(path))
+            files.append(str(packed / f"{part.name}.zip"))
+    return files
+
+
+def _packed(folder: Path, run: str) -> Path:
+    return folder / CACHE / "packed" / run
 
 
 def log_tail(folder: Path, run: str, lines: int = 30) -> str:

@@ -10,7 +10,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported, w
 import gradio as gr
 
 from alignkit.emoji import EXAMPLES_DIR
-from app import safety, tab_explore, tab_generate, tab_runs, tab_train, ui
+from app import jobs, safety, tab_explore, tab_generate, tab_runs, tab_train, ui
 from app.generate import Models
 
 QUEUE_SIZE = 16
@@ -46,7 +46,7 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
     if "emoji" in bases.values() and not folder.exists():
         lay_out_examples(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / ".cache")  # components look at it when they are made
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / jobs.CACHE)  # components look at it when they are made
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, to follow a map, and new words. {RIGHTS}")

@@ -1,5 +1,6 @@
 """Generate: the base and what was made of it, side by side from the same noise."""
 
+import html
 import random
 from dataclasses import asdict
 
@@ -68,7 +69,7 @@ def build(page: ui.Page) -> None:
         prompt: str, seed: float = 0, base: str = first_base, loras: list[str] = (), weights: str = "1",
         concepts: list[str] = (), truncation: float = 0, alignit: bool = False, strength: float = 1,
         controlnet: str = "", control_scale: float = 1, kind: str = PICTURE, upload: str | None = None,
-        sketch: dict | None = None, steps: float = 25, guidance: float = 5, negative: str = "",
+        sketch: str | None = None, steps: float = 25, guidance: float = 5, negative: str = "",
         request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
@@ -92,6 +93,8 @@ def build(page: ui.Page) -> None:
     def load(path: str):
         settings, control = generate.read_settings(path)
         values = asdict(settings)
+        if settings.base not in page.bases:
+            gr.Warning(f"It was drawn by {html.escape(settings.base)}, which this page does not offer.")
         return [
             settings.prompt, settings.seed, settings.base if settings.base in page.bases else first_base,
             list(settings.loras), ", ".join(f"{w:g}" for w in settings.loras.values()) or "1", settings.concepts,
@@ -134,16 +137,13 @@ def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Compo
         with gr.Tab("Upload"):
             upload = ui.picture_upload(height=200)
         with gr.Tab("Draw"):
-            sketch = gr.Sketchpad(
-                label="Drawing", type="filepath", image_mode="RGB", canvas_size=(256, 256), height=320, layers=False,
-                transforms=(),
-            )  # fmt: skip
+            sketch = ui.sketch_upload(label="Drawing", canvas_size=(256, 256), height=320, elem_id="sketch")
     preview = gr.Button("Preview what the ControlNet will see")
     seen = gr.Image(label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS)
 
     @ui.said
     def look(
-        base: str, controlnet: str, kind: str, upload: str | None, sketch: dict | None,
+        base: str, controlnet: str, kind: str, upload: str | None, sketch: str | None,
         progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         progress(0, desc="Reading the map off the picture")
@@ -159,11 +159,13 @@ def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Compo
     return [controlnet, scale, kind, upload, sketch], looking
 
 
-def _control_of(page: ui.Page, base: str, controlnet: str | None, kind: str, upload: str | None, sketch: dict | None):
+def _control_of(page: ui.Page, base: str, controlnet: str | None, kind: str, upload: str | None, sketch: str | None):
     """The map that the ControlNet sees, or None without a ControlNet."""
     if not controlnet:
         return None
-    given = upload or (sketch or {}).get("composite")
-    if not given:
+    if not (upload or sketch):
         raise ValueError("Upload or draw something for the ControlNet to follow.")
-    return generate.extract_control(page.models, base, controlnet, safety.open_picture(given), kind == MAP)
+    if upload and sketch:
+        raise ValueError("There is a picture and a drawing for the ControlNet: take one of them away.")
+    given = safety.open_picture(upload or sketch, None if upload else "The drawing")
+    return generate.extract_control(page.models, base, controlnet, given, kind == MAP)

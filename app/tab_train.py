@@ -95,7 +95,7 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
     @ui.said
     def give(name: str, *settings: Any):
         config = _resolved(page, method, *settings)
-        file = page.folder / ".cache" / f"{safety.inside(page.folder, name or method).name}.yaml"
+        file = page.folder / jobs.CACHE / f"{safety.inside(page.folder, name or method).name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(config, encoding="utf-8")
         return str(file)

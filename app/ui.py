@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components.image_editor import EditorData
+from gradio.data_classes import ImageData
+from gradio.processing_utils import save_bytes_to_cache
 
 from app.generate import Cancelled, Models
 
@@ -43,10 +46,28 @@ def picture_upload(**options: Any) -> gr.Image:
 
     Gradio's own reading opens it, and all that the page shows of its refusal is the word "Error".
     """
-    upload = gr.Image(label="Picture", sources=["upload"], **options)
-    # The path was checked to be an upload's; a picture inside of the request has none.
-    upload.preprocess = lambda payload: payload and (payload.path or "picture in the request")
+    upload = gr.Image(label="Picture", sources=["upload"], format="png", **options)
+    upload.preprocess = _where
     return upload
+
+
+def sketch_upload(**options: Any) -> gr.Sketchpad:
+    """A drawing, handed on as the path of its file, as `picture_upload` does; None where nothing was drawn."""
+    pad = gr.Sketchpad(layers=False, transforms=(), **options)
+
+    def preprocess(payload: EditorData | None) -> str | None:
+        if payload is None or payload.id is None:  # of a program
+            return payload and _where(payload.composite)
+        drawn = pad.blob_storage.pop(payload.id, None)  # of the browser
+        return drawn and drawn.composite and save_bytes_to_cache(drawn.composite, "drawing.png", pad.GRADIO_CACHE)
+
+    pad.preprocess = preprocess
+    return pad
+
+
+def _where(file: gr.FileData | ImageData | None) -> str | None:
+    # The path was checked to be an upload's; a picture inside of the request has none.
+    return file and (file.path or "picture in the request")
 
 
 def said(function: Callable) -> Callable:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from alignkit import load_base
+from alignkit import concepts, load_base
 from alignkit.artifacts import save_lora
 from alignkit.base import add_lora
+from alignkit.controlnet import new_controlnet, save_controlnet
 from app import jobs, page
 from tests.tiny import save_tiny_model
 
@@ -18,14 +19,23 @@ ROOT = Path(__file__).parent.parent
 
 
 def make_world(folder: Path) -> dict[str, str]:
-    """Bases by name; beside them the page's folder `runs`, with a LoRA."""
+    """Bases by name; beside them the page's folder `runs`, with a concept, a ControlNet for edges and a LoRA."""
     save_tiny_model(folder / "configs")
     base = load_base(str(folder / "configs"), random_init=True)
     base.pipeline().save_pretrained(folder / "tiny")
+    runs, generator = folder / "runs", torch.Generator().manual_seed(0)
+    concept = concepts.create("neti", base, "<thing>", "hat", hidden_size=8, num_frequencies=8)
+    controlnet = new_controlnet(base.unet, base.vae_scale_factor)
+    for parameter in [*concept.module.parameters(), *controlnet.parameters()]:
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    concept.save(runs / "neti" / "thing")
+    save_controlnet(runs / "controlnetpp" / "edges", controlnet)
+    (runs / "neti" / "thing" / jobs.CONFIG).write_text("")
+    (runs / "controlnetpp" / "edges" / jobs.CONFIG).write_text("condition:\n  name: canny\n")
     for name, parameter in add_lora(base.unet, 2, 2, ["to_q", "to_k", "to_v"]).items():
         if ".lora_B." in name:
             parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    run = folder / "runs" / "alignprop" / "style"
+    run = runs / "alignprop" / "style"
     save_lora(run, base.unet)
     (run / jobs.CONFIG).write_text("max_train_steps: 1\n")
     return {"tiny": str(folder / "tiny")}

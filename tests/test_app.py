@@ -24,11 +24,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from alignkit import concepts, load_base
 from alignkit.artifacts import save_json
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
-from alignkit.controlnet import new_controlnet, save_controlnet
 from alignkit.controls import SceneControls, open_controls
 from alignkit.data import read_concept_images
 from app import data, explore, forms, generate, jobs, page, safety, ui
@@ -485,6 +483,58 @@ assert psutil.Process(record["pid"]).create_time() == record["born"]
     assert jobs.running(tmp_path / run) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="who holds a lock is asked as Linux tells it")
+def test_a_training_that_a_command_started_is_seen_and_stopped(tmp_path):
+    """By the lock that `alignkit.run.Run` takes on its folder."""
+    run = tmp_path / "alignprop" / "mine"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text("")
+    code = """
+import fcntl, os, sys, time
+fcntl.lockf(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("locked", flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(run / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        for _ in range(2):  # looking takes nothing away
+            assert jobs.status(tmp_path, "alignprop/mine").state == "running"
+        with pytest.raises(ValueError, match="stop it first"):
+            jobs.delete(tmp_path, "alignprop/mine")
+        jobs.stop(tmp_path, "alignprop/mine")
+        process.wait(60)
+    assert jobs.status(tmp_path, "alignprop/mine").state == "stopped"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"pid": "x", "born": 1}'])
+def test_a_damaged_file_of_one_run_does_not_hide_the_others(tmp_path, toy, text):
+    for run in ("alignprop/one", "neti/two"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / jobs.CONFIG).write_text("max_train_steps: 2")
+    (tmp_path / "alignprop/one" / jobs.RECORD).write_text(text)
+    (tmp_path / "alignprop/one" / "concept.json").write_text(text)
+    save_json({"phrase": "<thing>"}, tmp_path / "neti/two" / "concept.json")
+    assert generate.concepts(tmp_path) == {"neti/two": "<thing>"} and generate.loras(tmp_path) == []
+    assert jobs.status(tmp_path, "alignprop/one").state == "stopped"
+    jobs.resume(tmp_path, "alignprop/one", EMOJI)  # and it is mended
+    wait_for(tmp_path, "alignprop/one", "finished")
+
+
+def test_weights_in_folders_are_given_as_zips(tmp_path):
+    run = tmp_path / "customize" / "mine"
+    for file in (jobs.CONFIG, "unet/config.json", "unet/model.safetensors", "text_encoder/model.safetensors",
+                 "checkpoint-3/model.safetensors", "samples/a.png", ".lock"):  # fmt: skip
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).write_text(file)
+    config, *zips = jobs.artifacts(tmp_path, "customize/mine")
+    assert [Path(file).name for file in (config, *zips)] == [jobs.CONFIG, "text_encoder.zip", "unet.zip"]
+    with zipfile.ZipFile(zips[1]) as archive:
+        assert archive.namelist() == ["unet/config.json", "unet/model.safetensors"]
+    jobs.delete(tmp_path, "customize/mine")
+    assert not Path(zips[0]).exists() and jobs.runs(tmp_path) == []
+
+
 def test_a_trainer_s_complaint_is_the_runs_message(tmp_path, toy):
     run = jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 0", EMOJI)
     assert wait_for(tmp_path, run, "failed").message == "max_train_steps: expected at least 1, got 0"
@@ -647,20 +697,9 @@ def test_the_log_shows_a_progress_bar_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny base, and in the page's folder a LoRA of it, a concept and a ControlNet for edges."""
+    """A tiny base, and in the page's folder what is drawn with on it."""
     folder = tmp_path_factory.mktemp("world")
-    bases, runs = make_world(folder), folder / "runs"
-    base = load_base(bases["tiny"])
-    generator = torch.Generator().manual_seed(0)
-    concept = concepts.create("neti", base, "<thing>", "hat", hidden_size=8, num_frequencies=8)
-    controlnet = new_controlnet(base.unet, base.vae_scale_factor)
-    for parameter in [*concept.module.parameters(), *controlnet.parameters()]:
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    concept.save(runs / "neti" / "thing")
-    save_controlnet(runs / "controlnetpp" / "edges", controlnet)
-    (runs / "neti" / "thing" / jobs.CONFIG).write_text("")
-    (runs / "controlnetpp" / "edges" / jobs.CONFIG).write_text("condition:\n  name: canny\n")
-    return generate.Models(runs, bases)
+    return generate.Models(folder / "runs", make_world(folder))
 
 
 def settings(**fields) -> Settings:

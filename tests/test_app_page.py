@@ -11,9 +11,9 @@ import httpx
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from app import generate, jobs, page, safety
+from app import generate, jobs, page, safety, tab_generate
 from tests.app_server import make_world, serving
 from tests.test_app import png_of_size
 
@@ -84,6 +84,55 @@ def test_base_and_tuned_side_by_side_and_again_from_the_png(client):
         api_name="/generate",
     )  # fmt: skip
     assert Image.open(again).tobytes() == Image.open(tuned).tobytes()
+
+
+def test_a_controlnet_follows_an_upload_a_drawing_and_its_own_png(client, tmp_path):
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "picture.png")
+    guided = {"prompt": "a hat", "seed": 3, "steps": 2, "controlnet": "controlnetpp/edges", "api_name": "/generate"}
+    given = handle_file(str(tmp_path / "picture.png"))
+    drawing = {"background": None, "layers": [], "composite": given}
+    _, base, tuned, _ = client.predict(upload=given, **guided)  # at the strength of the form, a whole number in JSON
+    _, _, drawn, _ = client.predict(sketch=drawing, **guided)
+    _, _, weak, _ = client.predict(upload=given, control_scale=0, **guided)
+    assert pixels(drawn) == pixels(tuned) != pixels(base) == pixels(weak)
+    shown = client.predict("tiny", "controlnetpp/edges", tab_generate.PICTURE, given, None, api_name="/preview_control")
+    read = client.predict(handle_file(tuned), api_name="/read_settings")
+    kind, control = read[11:13]
+    assert kind == tab_generate.MAP and pixels(control) == pixels(shown)
+    _, _, again, _ = client.predict(upload=handle_file(control), kind=kind, **guided)
+    assert pixels(again) == pixels(tuned)
+    with pytest.raises(AppError, match="a picture and a drawing"):
+        client.predict(upload=given, sketch=drawing, **guided)
+
+
+def pixels(file: str) -> bytes:
+    return Image.open(file).convert("RGB").tobytes()
+
+
+def test_a_drawing_is_read_as_any_upload_is(client, tmp_path, monkeypatch):
+    """By no reader of Pillow's but those of four kinds: PostScript, for one, would be run."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("PostScript was run"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "bomb.png").write_bytes(png_of_size(60_000, 60_000))
+    for name, why in [("a.eps", "not a picture"), ("bomb.png", "million pixels")]:
+        drawing = {"background": None, "layers": [], "composite": handle_file(str(tmp_path / name))}
+        with pytest.raises(AppError, match=why):
+            client.predict("a", controlnet="controlnetpp/edges", sketch=drawing, api_name="/generate")
+
+
+def test_what_explore_shows(client, tmp_path):
+    words = {"prompt": "a <thing> hat", "concepts": ["neti/thing"], "steps": 1}
+    _, sheet = client.predict(
+        x="truncation", xs="1, 4", y="AlignIT strength", ys="0, 1", **words, api_name="/grid"
+    )  # fmt: skip
+    assert Image.open(sheet).height == 24 + 2 * (16 * 8 + 4)
+    _, maps = client.predict("a red hat", loras=["alignprop/style"], steps=1, api_name="/attention")
+    assert [entry["caption"] for entry in maps] == ["the picture", "a", "red", "hat"]
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "picture.png")
+    score, heat = client.predict(
+        handle_file(str(tmp_path / "picture.png")), "incompressibility", method="saliency", api_name="/reward_map"
+    )
+    assert re.fullmatch(r"incompressibility: -?[\d.]+", score) and Image.open(heat).size == (64, 64)
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,20 @@ def test_it_leaves_no_trace(kind, new_pipe, model):
 # Offloading, as far as it shows without a GPU: the hooks are there and move weights, from the CPU to the CPU
 
 
+@pytest.mark.parametrize("kind", PHRASES)
+@pytest.mark.parametrize("alignit", [False, True])
+def test_moved_after_it_was_composed(kind, alignit, new_pipe, model):
+    """To another dtype, in the place of another device: what was left behind would be refused, or draw other pixels."""
+    prompt = f"a {PHRASES[kind]} and a hat"
+    first = alignkit.compose(new_pipe().to(torch.float64), concepts=[model / kind], alignit=alignit)
+    composed = alignkit.compose(new_pipe(), concepts=[model / kind], alignit=alignit)
+    assert composed.to(torch.float64) is composed
+    images = composed(prompt, seed=0, **STEPS).images
+    assert torch.equal(images, first(prompt, seed=0, **STEPS).images)
+    networks = {id(pipe.unet): pipe.unet for pipe in (composed.base, composed.pipe)}.values()
+    assert {parameter.dtype for unet in networks for parameter in unet.parameters()} == {torch.float64}
+
+
 @pytest.fixture
 def whereabouts(monkeypatch):
     """`watch(pipe)`: from then on, a layer that works while its part is away, with model offloading, is an error."""

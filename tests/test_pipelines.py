@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 import alignkit
-from alignkit import concepts
+from alignkit import concepts, customized
 from alignkit.artifacts import save_lora
 from alignkit.base import add_lora, load_base
 from tests.test_alignit import shake
@@ -125,7 +125,6 @@ torch.save(pipe(**call).images, sys.argv[4])
 """
 
 
-@pytest.mark.slow
 def test_in_a_fresh_process(world, tmp_path):
     file, folder = world
     pipe = load(file, folder / "model", **all_parts(folder))
@@ -151,6 +150,28 @@ def test_an_adapter_loaded_past_it(world):
     pipe.load_lora_weights(folder / "style", adapter_name="late")
     with pytest.raises(ValueError, match="'late' was loaded into this pipeline after it was composed"):
         pipe("a hat", **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["dreambooth", "custom_diffusion"])
+def test_weights_beside_the_base_are_moved_with_it(world, tmp_path, kind):
+    """To another dtype, in the place of another device. And those of DreamBooth do not go with offloading."""
+    file, folder = world
+    stock = STOCK[Path(file).stem].from_pretrained(folder / "model")
+    shake(stock.unet.parameters(), 0.1)
+    if kind == "dreambooth":
+        stock.unet.save_pretrained(tmp_path / "unet")
+        concept = {"path": str(tmp_path)}
+    else:
+        concept = {"path": str(customized.save_custom_diffusion(tmp_path, stock.unet))}
+    concept |= {"phrase": "qx dog", "class_noun": "dog"}
+    pipe = load(file, folder / "model", concepts=[concept])
+    assert pipe.to(torch.float64) is pipe
+    drawn = [pipe("a qx dog", seed=3, alignit=alignit, **SETTINGS).images for alignit in (False, True)]
+    assert all(image.dtype == torch.float64 for image in drawn) and not torch.equal(*drawn)
+    first = load(file, folder / "model", concepts=[concept], dtype=torch.float64)
+    assert torch.equal(first("a qx dog", seed=3, **SETTINGS).images, drawn[0])
+    with pytest.raises(ValueError, match="offload"):
+        pipe.enable_sequential_cpu_offload(device="cpu")
 
 
 def test_offloaded(world):
