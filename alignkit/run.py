@@ -285,7 +285,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, 0-based. Checkpoints between them; SIGINT and SIGTERM save and exit (130, 143)."""
-        end = min(DRY_RUN_STEPS, self.cfg.max_train_steps) if self.cfg.dry_run else self.cfg.max_train_steps
+        end = self._end
         bar = tqdm(initial=self.position, total=end, desc=self.name, disable=not self.is_main, dynamic_ncols=True)
         self._bar, self._logged = bar, (self.position - 1, time.perf_counter())
         with bar, self._signals():
@@ -306,6 +306,10 @@ class Run:
                     self._stop(stopped_by)
         if self.cfg.dry_run:
             self._report_dry_run()
+
+    @property
+    def _end(self) -> int:
+        return min(DRY_RUN_STEPS, self.cfg.max_train_steps) if self.cfg.dry_run else self.cfg.max_train_steps
 
     @property
     def _half(self) -> str:
@@ -411,8 +415,8 @@ class Run:
             self.params[name].copy_(value)
 
     def every(self, n: int, step: int) -> bool:
-        """True at the end of every `n` steps, at the last step, and always in a dry run; never if n = 0."""
-        return n > 0 and ((step + 1) % n == 0 or step + 1 == self.cfg.max_train_steps or self.cfg.dry_run)
+        """True at the end of every `n` steps and at the last step, that of a dry run too; never if n = 0."""
+        return n > 0 and ((step + 1) % n == 0 or step + 1 == self._end)
 
     def generator(self, step: int, index: int | None = None, tag: str = "") -> torch.Generator:
         """A CPU generator seeded by (seed, step, index, tag), so that each use of randomness has its own stream."""

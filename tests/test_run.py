@@ -395,14 +395,17 @@ def test_a_dry_run_counts_all_validations_at_the_first_ones_time(tmp_path, capsy
     run.prepare(params)
     with run.first_validation():
         time.sleep(0.5)
+    validated = []
     with pytest.raises(SystemExit):
         for step in run.steps():
+            validated += [step] * run.every(300, step)
             for indices in run.micro_batches(step):
                 run.backward(toy_loss(run, params, step, indices))
             run.update()
     out = capsys.readouterr().out
     assert float(out.partition(" s a validation")[0].rpartition(",")[2]) >= 0.5
     assert "1000 steps and 5 validations" in out
+    assert validated == [1]  # one, behind the step that is measured
 
 
 def test_extra_tensors_come_back(tmp_path):
