@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from alignkit.emoji import role
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
 def refuse_evaluators(name: str, args: Mapping[str, Any]) -> None:
     """Raises ValueError where an argument names a model of the emoji world's evaluator."""
     for value in args.values():
-        if str(value).startswith(("emoji/evaluator", "emoji/identity")):
+        if isinstance(value, str) and role(value) in ("evaluator", "identity"):
             raise ValueError(
                 f"{name}: {value} belongs to the evaluator, which is never optimised nor watched in training."
             )

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, SegformerConfig, SegformerImageProc
 from alignkit.conditions import CONDITIONS, Condition, build_condition, model_input, probe_condition, score
 from alignkit.conditions.models import preprocessing
 from alignkit.conditions.segmentation import IGNORE, distinct_colors
+from alignkit.emoji import resolve
 from alignkit.rewards import probe_images
 from tests.toy_conditions import save_depth_anything, save_dpt_hybrid, save_estimator, save_segmenter, save_upernet
 
@@ -157,6 +158,8 @@ def test_what_cannot_be_built():
         build_condition("tests.toy_rewards:Red")
     with pytest.raises(ValueError, match="belongs to the evaluator"):
         build_condition("depth", model="emoji/evaluator/depth")
+    with pytest.raises(ValueError, match="belongs to the evaluator"):
+        build_condition("depth", model=resolve("emoji/evaluator/depth"))
     with pytest.raises(ValueError, match="could not be built"):
         build_condition("canny", threshold=1)
     with pytest.raises(ValueError, match="low_threshold <= high"):
