@@ -156,9 +156,9 @@ def test_what_cannot_be_built():
         build_condition("dept")
     with pytest.raises(ValueError, match="subclass of alignkit.conditions.Condition"):
         build_condition("tests.toy_rewards:Red")
-    with pytest.raises(ValueError, match="belongs to the evaluator"):
+    with pytest.raises(ValueError, match="is a judge of the evaluator"):
         build_condition("depth", model="emoji/evaluator/depth")
-    with pytest.raises(ValueError, match="belongs to the evaluator"):
+    with pytest.raises(ValueError, match="is a judge of the evaluator"):
         build_condition("depth", model=resolve("emoji/evaluator/depth"))
     with pytest.raises(ValueError, match="could not be built"):
         build_condition("canny", threshold=1)
