@@ -196,7 +196,10 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
 
 
 def command(cls: type[T], train: Callable[[T], Any], argv: list[str] | None = None) -> None:
-    """A trainer from the command line: what its user can mend ends it in one line, with exit code 2 or 1."""
+    """A trainer from the command line: what its user can mend ends it in one line, with exit code 2 or 1.
+
+    So does a Ctrl-C outside the steps, which `Run.steps` handles itself: 130, as shells have it.
+    """
     cfg = parse(cls, argv)
     try:
         if cfg.estimate == "no":
@@ -207,6 +210,9 @@ def command(cls: type[T], train: Callable[[T], Any], argv: list[str] | None = No
             estimate(train, cfg)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _with_values(cls: type, argv: list[str]) -> list[str]:

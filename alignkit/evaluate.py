@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from alignkit.emoji import WEIGHTS_DIR
 
@@ -134,7 +135,10 @@ def controllability(
     evaluator: str | None = None,
     base: str = "emoji",
     data_dir: str = "emoji",
-    clip: str = "emoji/evaluator/clip",
+    clip: str | None = None,
+    condition_args: dict[str, Any] | None = None,
+    condition_column: str | None = None,
+    resolution: int | None = None,
     number: int = 256,
     num_inference_steps: int = 20,
     guidance_scale: float = 5.0,
@@ -154,10 +158,14 @@ def controllability(
     Args:
         controlnet: Folder or Hub name of a ControlNet.
         condition: segmentation, depth, softedge, lineart, canny, or package.module:Class.
-        evaluator: The condition's model; the emoji world's evaluator unless given. Never the one of the training.
+        evaluator: The condition's model; the emoji world's evaluator unless told. Never the one of the training.
         base: Base model.
         data_dir: "emoji" for fresh scenes, or a folder with metadata.jsonl.
-        clip: Of the text-image score and of the features of KID and diversity.
+        clip: Of the text-image score and of the features of KID and diversity; the emoji world's evaluator unless told.
+        condition_args: How the control is shown and compared, such as {"palette": "colours.json"} or {"sigma": 1.5};
+            unless told, as in the config.yaml beside each ControlNet. One without it sees the condition's defaults.
+        condition_column: Key of metadata.jsonl with the controls' files; the condition's own unless told.
+        resolution: Side of the images in pixels; the base's own unless told.
         number: How many images.
         num_inference_steps: DDIM steps; Euler of SD3 and FLUX.
         guidance_scale: Of classifier-free guidance; FLUX reads it.
@@ -180,12 +188,19 @@ def controllability(
     from alignkit.rewards.clip import ClipEncoder
 
     device = pick_device(device)
-    model = evaluator or EVALUATORS.get(condition)
-    judge = build_condition(condition, evaluator=True, **({"model": model} if model else {})).to(device)
-    data = open_controls(data_dir, judge)
+    if base == "emoji":
+        evaluator, clip = evaluator or EVALUATORS.get(condition), clip or "emoji/evaluator/clip"
+    if condition in EVALUATORS and not evaluator:
+        raise ValueError(f"evaluator: expected a model for {condition}; only the emoji world has judges of its own.")
+    if clip is None:
+        raise ValueError("clip: expected a folder or Hub name of a CLIP; only the emoji world has a judge of its own.")
+    condition_args = _condition_args(condition, controlnet, evaluator, condition_args)
+    model = {"model": evaluator} if evaluator else {}
+    judge = build_condition(condition, evaluator=True, **condition_args, **model).to(device)
+    data = open_controls(data_dir, judge, condition_column)
     encoder = ClipEncoder(resolve(clip)).to(device)
     loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
-    size = loaded.image_size()
+    size = loaded.image_size(resolution, resolution)
     number = number if data.size is None else min(number, data.size)
     prompts, real, targets = _first_examples(data, judge, number, size, device)
     with torch.no_grad():
@@ -196,7 +211,8 @@ def controllability(
         "negative_prompt": negative_prompt,
     }
     shared = {
-        "condition": condition, "evaluator": model or condition, "clip": clip, "base": base, "data": data_dir,
+        "condition": condition, "condition_args": condition_args, "evaluator": evaluator or condition, "clip": clip,
+        "base": base, "data": data_dir,
         "number": number, "seed": seed, "scheduler": "Euler" if loaded.schedule.is_flow else "DDIM",
         "height": size[0], "width": size[1], "controlnet_conditioning_scale": controlnet_conditioning_scale,
         "dtype": dtype, **settings,
@@ -229,6 +245,46 @@ def controllability(
         with open(results, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
+
+
+def _condition_args(
+    condition: str, controlnets: Sequence[str], evaluator: str | None, given: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What is given, or how the ControlNets were shown the condition, as far as a config.yaml lies beside them.
+
+    That is without `model` and `resolution`, which are of what read the training's images.
+
+    Raises:
+        ValueError: one was trained on another condition or by this very evaluator, or they were shown it differently.
+    """
+    import yaml
+
+    from alignkit.conditions import CONDITIONS
+    from alignkit.emoji import resolve, role
+
+    if evaluator and role(evaluator) in ("training", "monitor"):
+        raise ValueError(f"evaluator: {evaluator} is a judge of the training; choose one that no training has seen.")
+    seen: dict[str, dict[str, Any]] = {}
+    for name in controlnets:
+        path = Path(resolve(name)) / "config.yaml"
+        trained = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("condition") if path.is_file() else None
+        if not trained:
+            continue
+        if trained["name"] != condition and {trained["name"], condition} <= CONDITIONS.keys():
+            raise ValueError(f"{name} was trained on {trained['name']}: it cannot be evaluated on {condition}.")
+        if evaluator and resolve(evaluator) == resolve(trained["args"].get("model", "")):
+            raise ValueError(f"evaluator: {evaluator} is what {name} was trained with; choose one that it was not.")
+        seen[name] = {key: value for key, value in trained["args"].items() if key not in ("model", "resolution")}
+    if given is not None or not seen:
+        return given or {}
+    first = next(iter(seen))
+    for name, args in seen.items():
+        if args != seen[first]:
+            raise ValueError(
+                f"{first} was trained on {condition} with {seen[first]}, {name} with {args}: evaluate them one by one, "
+                "or say condition_args for all."
+            )
+    return seen[first]
 
 
 def _first_examples(data, judge, number: int, size: tuple[int, int], device: str) -> tuple:
@@ -301,8 +357,6 @@ def alignment(
         dtype: Precision of the models that draw.
         output_dir: Where scores.json and the pictures go.
     """
-    from pathlib import Path
-
     import torch
     from diffusers.utils import make_image_grid, numpy_to_pil
 

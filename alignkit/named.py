@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from alignkit.emoji import role
+
 T = TypeVar("T")
 
 
@@ -53,10 +55,11 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
         ) from error
 
 
-def refuse_evaluators(name: str, args: Mapping[str, Any]) -> None:
-    """Raises ValueError where an argument names a model of the emoji world's evaluator."""
+def refuse_judges(name: str, args: Mapping[str, Any], *roles: str) -> None:
+    """Raises ValueError where an argument names a judge of the emoji world that has one of these roles."""
     for value in args.values():
-        if str(value).startswith(("emoji/evaluator", "emoji/identity")):
+        if isinstance(value, str) and role(value) in roles:
             raise ValueError(
-                f"{name}: {value} belongs to the evaluator, which is never optimised nor watched in training."
+                f"{name}: {value} is a judge of the {role(value)}. The training's are for what is optimised, the "
+                "monitor's for what is watched meanwhile, the evaluator's and the identity's for what is reported."
             )

@@ -28,6 +28,7 @@ from alignkit.early_stop import (
     reason_to_stop,
     restore_best,
 )
+from alignkit.named import refuse_judges
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine
 from alignkit.rewards.clip import Encoder
 from alignkit.run import Run
@@ -72,6 +73,8 @@ class RewardTuningConfig(RunConfig):
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.rewards:
             raise ValueError("rewards: expected at least one reward, got none")
+        for reward in self.rewards:
+            refuse_judges(reward.name, reward.args, "monitor")
         if not self.prompt_file:
             raise ValueError("prompt_file: expected a .txt or .jsonl file, got none")
         if self.validation_steps % self.logging_steps:

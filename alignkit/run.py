@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, broadcast, set_seed
 from diffusers.utils import make_image_grid
@@ -99,8 +100,8 @@ class Run:
     Attributes: device; weight_dtype (for the frozen parts); is_main; num_processes; global_batch (images per update,
     over all processes); position (updates done so far).
 
-    Raises ValueError when `cfg.output_dir` holds a run with another config, naming the fields, or a damaged
-    checkpoint; BlockingIOError when another process is training there.
+    Raises ValueError when `cfg.output_dir` holds a run with another config (its checkpoint, or what it made), naming
+    the fields, or a damaged checkpoint; BlockingIOError when another process is training there.
     """
 
     def __init__(self, cfg: RunConfig, name: str = "alignkit"):
@@ -136,6 +137,8 @@ class Run:
 
         checkpoints = [] if cfg.dry_run else self._checkpoints()
         self._saved = self._read(checkpoints[-1]) if checkpoints else None  # here, to fail before any work
+        if not checkpoints and not cfg.dry_run:
+            self._refuse_other_artifact()
         self.accelerator.wait_for_everyone()  # every process has read before the first one writes
         if self.is_main:
             print(config.to_yaml(cfg), end="", flush=True)
@@ -236,19 +239,31 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
-        free = config.free_fields(self.cfg)
-        fields = {name: value for name, value in config.to_dict(self.cfg).items() if name not in free}
-        return fields | {"global_batch": self.global_batch}
+        return self._bound(config.to_dict(self.cfg)) | {"global_batch": self.global_batch}
 
-    def _refuse_other_config(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        changed = config.differences(saved, self._identity())
+    def _bound(self, fields: dict[str, Any]) -> dict[str, Any]:
+        free = config.free_fields(self.cfg)
+        return {name: value for name, value in fields.items() if name not in free}
+
+    def _refuse_other_artifact(self) -> None:
+        """ValueError where another config's run has ended in this folder and its checkpoints are gone, or never came.
+
+        What a run left that made nothing, not even a card, may be written over.
+        """
+        config_file, card = self.output_dir / "config.yaml", self.output_dir / "README.md"
+        if config_file.is_file() and card.is_file():
+            saved = self._bound(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+            self._refuse_other_config("finished", saved, self._bound(config.to_dict(self.cfg)))
+
+    def _refuse_other_config(self, which: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
+        changed = config.differences(saved, current)
         there, now = changed.get("max_train_steps", (0, 0))
         if there < now:  # a run may be prolonged
             del changed["max_train_steps"]
         if changed:
             lines = "".join(f"\n  {key}: {there} there, {now} now" for key, (there, now) in changed.items())
             raise ValueError(
-                f"{self.output_dir} holds a run ({checkpoint.name}) with another config:{lines}\n"
+                f"{self.output_dir} holds a run ({which}) with another config:{lines}\n"
                 "Resume it with its own values, or choose another output_dir."
             )
 
@@ -561,7 +576,7 @@ class Run:
                     raise ValueError(f"{checkpoint / file} is damaged: its checksum is not the one in state.json")
         except ValueError as error:
             raise ValueError(f"{error}\nRemove {checkpoint} to resume from the checkpoint before it.") from error
-        self._refuse_other_config(checkpoint, state["config"])
+        self._refuse_other_config(checkpoint.name, state["config"], self._identity())
         return state, tensors
 
     def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:

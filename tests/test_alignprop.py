@@ -198,6 +198,9 @@ def test_accumulation_changes_nothing(config, batch, accumulation):
     for name, tensor in lora_of(one).items():
         differing = (tensor - lora_of(two)[name]).abs() > 1e-5
         assert differing.float().mean() < 0.02, name
+    ours, theirs = scalars(one)[0], scalars(two)[0]  # of the same weights
+    for name in ("loss", "reward/Red", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
@@ -226,7 +229,7 @@ def test_validation_leaves_the_training_untouched(config):
 
 
 def test_two_processes_equal_one(config, tmp_path):
-    fields = {"max_train_steps": 3, "validation_steps": 3, "eta": 1.0, "plan": PlanConfig("draft_k", {"k": 2})}
+    fields = {"max_train_steps": 3, "validation_steps": 3, "eta": 1.0}  # a K is drawn for each trajectory
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have: more would round differently
     one = train(config("one", **fields))
@@ -324,6 +327,7 @@ def test_diversity_and_drift_by_hand(tiny_model):
     ("fields", "message"),
     [
         ({"rewards": []}, "rewards: expected at least one"),
+        ({"rewards": [RewardConfig("alignment", args={"model": "emoji/monitor/clip"})]}, "is a judge of the monitor"),
         ({"prompt_file": ""}, "prompt_file: expected"),
         ({"plan": PlanConfig("draft_k", {"k": 5})}, "between 1 and num_inference_steps 4, got 5"),
         ({"plan": PlanConfig("draft_k", {"kk": 5})}, "plan.settings of draft_k.*kk"),

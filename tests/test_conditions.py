@@ -12,13 +12,14 @@ import yaml
 from kornia.filters import canny
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, SegformerImageProcessor
+from transformers import AutoImageProcessor, SegformerConfig, SegformerImageProcessor
 
 from alignkit.conditions import CONDITIONS, Condition, build_condition, model_input, probe_condition, score
 from alignkit.conditions.models import preprocessing
 from alignkit.conditions.segmentation import IGNORE, distinct_colors
+from alignkit.emoji import resolve
 from alignkit.rewards import probe_images
-from tests.toy_conditions import save_estimator, save_segmenter
+from tests.toy_conditions import save_depth_anything, save_dpt_hybrid, save_estimator, save_segmenter, save_upernet
 
 SIZE = 48
 
@@ -155,8 +156,10 @@ def test_what_cannot_be_built():
         build_condition("dept")
     with pytest.raises(ValueError, match="subclass of alignkit.conditions.Condition"):
         build_condition("tests.toy_rewards:Red")
-    with pytest.raises(ValueError, match="belongs to the evaluator"):
+    with pytest.raises(ValueError, match="is a judge of the evaluator"):
         build_condition("depth", model="emoji/evaluator/depth")
+    with pytest.raises(ValueError, match="is a judge of the evaluator"):
+        build_condition("depth", model=resolve("emoji/evaluator/depth"))
     with pytest.raises(ValueError, match="could not be built"):
         build_condition("canny", threshold=1)
     with pytest.raises(ValueError, match="low_threshold <= high"):
@@ -333,7 +336,7 @@ def test_preprocessing_matches_the_image_processor(tmp_path, size):
     array = (255 * pictures(1)[0, :, :size, :size]).round().byte()
     expected = AutoImageProcessor.from_pretrained(tmp_path)(array, return_tensors="pt").pixel_values
     images = array[None].float() / 255
-    arguments = preprocessing(str(tmp_path), None)(images)
+    arguments = preprocessing(str(tmp_path), SegformerConfig())(images)
     difference = (model_input(images, **arguments) - expected) * arguments["std"]
     assert difference.abs().max() < 2 / 255
 
@@ -344,6 +347,37 @@ def test_model_input_keeps_the_aspect():
         assert model_input(torch.rand(1, 3, *size), 28, 14, "bicubic", mean, std).shape[-2:] == expected
     images = torch.rand(1, 3, 20, 20)
     assert torch.equal(model_input(images, None, 1, "bicubic", mean, std), images)
+
+
+JUDGES = {
+    "dpt_hybrid": ("depth", save_dpt_hybrid),
+    "depth_anything": ("depth", save_depth_anything),
+    "upernet": ("segmentation", save_upernet),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_judges_of_the_real_configs_take_any_shape(tmp_path, judge):
+    """A wide image has a map of its own shape, and a gradient: what aspect buckets need."""
+    name, save = JUDGES[judge]
+    condition = build_condition(name, model=save(tmp_path))
+    for size in ((64, 64), (48, 80), (80, 48)):
+        assert condition.extract(probe_images(1, *size)).shape == (1, *size)
+        probe_condition(condition, *size)
+
+
+def test_a_model_of_one_size_sees_what_its_own_processor_makes_of_another_shape(tmp_path):
+    """On a wide 8-bit image, to 2 of 255; another resolution is refused."""
+    path = save_dpt_hybrid(tmp_path)
+    depth = build_condition("depth", model=path)
+    array = (255 * pictures(1)[0, :, :24, :36]).round().byte()
+    expected = AutoImageProcessor.from_pretrained(path)(array, return_tensors="pt").pixel_values
+    arguments = depth.input(array[None] / 255)
+    given = model_input(array[None] / 255, **arguments)
+    assert given.shape == expected.shape == (1, 3, 64, 64)
+    assert ((given - expected) * arguments["std"]).abs().max() < 2 / 255
+    with pytest.raises(ValueError, match="takes images of 64 x 64 alone: leave it null"):
+        build_condition("depth", model=path, resolution=128)
 
 
 def test_the_page_of_the_docs_runs(tmp_path, monkeypatch):

@@ -159,3 +159,17 @@ def test_a_switch_needs_no_value(switch):
     assert parse(RunConfig, ["--output_dir", "x", *switch, "--seed", "3"]).dry_run
     assert parse(RunConfig, ["--output_dir", "x", *switch]).dry_run
     assert not parse(RunConfig, ["--output_dir", "x", "--dry_run", "false"]).dry_run
+
+
+def test_a_ctrl_c_outside_the_steps_is_one_line(tmp_path, capsys):
+    """While a model loads, say: no traceback, and a shell's exit code."""
+
+    def train(cfg):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        config.command(RunConfig, train, ["--output_dir", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "interrupted: the same command goes on from the newest checkpoint, if there is one"
+    ]

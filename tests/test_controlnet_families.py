@@ -242,10 +242,11 @@ def test_the_commands_draw_with_it(bases, tmp_path, monkeypatch, name):
         with Image.open(path) as image:
             drawn.append(image.convert("RGB"))
     assert drawn[0].size == (32, 32) and drawn[0].tobytes() != drawn[1].tobytes()
+    settings = {"base": name, "clip": "emoji/evaluator/clip", "device": "cpu"}
     if name == "flux":
         with pytest.raises(ValueError, match="reads no negative prompt"):
-            evaluate.controllability([folder], "lineart", number=1, base=name, negative_prompt="bad", device="cpu")
-    rows = evaluate.controllability([folder], "lineart", number=2, num_inference_steps=1, base=name, device="cpu")
+            evaluate.controllability([folder], "lineart", number=1, negative_prompt="bad", **settings)
+    rows = evaluate.controllability([folder], "lineart", number=2, num_inference_steps=1, **settings)
     assert [row["model"] for row in rows] == ["real", folder] and rows[1]["scheduler"] == "Euler"
 
 

@@ -492,23 +492,24 @@ def test_two_processes_equal_one(config, tmp_path):
 
 
 def test_images_of_several_shapes_however_a_batch_is_cut(config, tmp_path, monkeypatch):
-    """Each batch has one size; a batch of 4 is the same as two of 2."""
+    """Each batch has one size, at which the condition was probed first; a batch of 4 is the same as two of 2."""
     rows = []
     for shape in ((16, 16), (12, 24)):
         name = f"{shape[0]}x{shape[1]}"
         for row in write_folder(tmp_path / "data" / name, number=3, size=shape):
             rows.append({key: value if key == "text" else f"{name}/{value}" for key, value in row.items()})
     write_metadata(tmp_path / "data", rows)
-    seen = []
+    seen, probed = [], []
 
     def spy(predict, schedule, x_0, *args):
         seen.append(tuple(x_0.shape))
         return controlnet_losses(predict, schedule, x_0, *args)
 
     monkeypatch.setattr(controlnetpp, "controlnet_losses", spy)
+    monkeypatch.setattr(controlnetpp, "probe_condition", lambda condition, *size: probed.append(size[:2]))
     fields = {"train_data_dir": str(tmp_path / "data"), "bucket_batch_size": 4, "max_train_steps": 3}
     one = train(config("one", **fields, train_batch_size=4, gradient_accumulation_steps=1))
-    assert set(seen) == {(4, 4, 8, 8), (4, 4, 6, 10)}
+    assert set(seen) == {(4, 4, 8, 8), (4, 4, 6, 10)} and probed == [(12, 20), (16, 16)]
     two = train(config("two", **fields))
     for ours, theirs in zip(scalars(one), scalars(two), strict=True):
         for name in ("loss", "diffusion", "grad_norm"):

@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
-from alignkit import evaluate
+from alignkit import config, evaluate
 from alignkit.base import load_base
+from alignkit.conditions import ConditionConfig, build_condition
 from alignkit.controlnet import new_controlnet, save_controlnet
+from alignkit.controls import open_controls
+from alignkit.emoji import resolve
+from training.controlnetpp import Config
 
 
 class Encoder:
@@ -53,6 +57,63 @@ def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
         "condition", "evaluator", "number", "seed", "scheduler", "num_inference_steps", "guidance_scale", "dtype",
         "world_hash", "SSIM", "MS-SSIM", "alignment", "KID", "diversity",
     }  # fmt: skip
+
+
+def trained_on(folder, **condition) -> str:
+    """A folder as a training leaves it, as far as the evaluation reads what it was trained on."""
+    folder.mkdir()
+    config.save(Config(output_dir=str(folder), condition=ConditionConfig(**condition)), folder / "config.yaml")
+    return str(folder)
+
+
+def test_a_controlnet_is_shown_what_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    """The palette of its config.yaml, in the evaluator's hands: the pixels that its training showed it."""
+    palette = tmp_path / "palette.json"
+    classes = build_condition("segmentation").num_classes
+    palette.write_text(json.dumps([[i % 256, 255 - i % 256, 7] for i in range(classes)]))
+    args = {"model": "emoji/training/segmenter", "palette": str(palette), "resolution": 32}
+    folder = trained_on(tmp_path / "controlnet", name="segmentation", args=args)
+    base, shown = load_base("emoji", random_init=True, shrink=8), []
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, device, dtype: base)
+    save_controlnet(folder, new_controlnet(base.unet, base.vae_scale_factor))
+
+    def draw(base, controlnet, control, prompts, seeds, **settings):
+        shown.append(control)
+        return torch.rand(len(prompts), 3, *control.shape[-2:], generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr("alignkit.controlnet.draw_controlled", draw)
+    settings = {"number": 2, "device": "cpu"}
+    row = evaluate.controllability([folder], "segmentation", **settings)[1]
+    assert row["condition_args"] == {"palette": str(palette)} and row["evaluator"] == "emoji/evaluator/segmenter"
+
+    def control(size, **args):
+        condition = build_condition("segmentation", **args)
+        seeds = [torch.Generator().manual_seed(evaluate.EVALUATION_SEED + i) for i in range(2)]
+        data = open_controls("emoji", condition)
+        return condition.control(torch.stack([data.example(i, size, seed).target for i, seed in enumerate(seeds)]))
+
+    assert torch.equal(shown[0], control((64, 64), palette=str(palette)))
+    row = evaluate.controllability([folder], "segmentation", condition_args={}, resolution=32, **settings)[1]
+    assert row["condition_args"] == {} and row["height"] == 32
+    assert torch.equal(shown[1], control((32, 32)))
+
+
+def test_what_controllability_refuses(tmp_path):
+    """A judge that a training has seen, another condition, settings that differ, no judge at all: before any work."""
+    fine = trained_on(tmp_path / "fine", name="lineart", args={"sigma": 0.5})
+    wide = trained_on(tmp_path / "wide", name="lineart", args={"sigma": 1.5})
+    depth = trained_on(tmp_path / "depth", name="depth", args={"model": "owner/judge"})
+    for message, controlnets, condition, options in [
+        ("wide with {'sigma': 1.5}: evaluate them one by one", [fine, wide], "lineart", {}),
+        ("was trained on depth: it cannot be evaluated on lineart", [depth], "lineart", {}),
+        ("owner/judge is what .* was trained with", [depth], "depth", {"evaluator": "owner/judge"}),
+        ("is a judge of the training", [], "depth", {"evaluator": "emoji/training/depth"}),
+        ("is a judge of the training", [], "depth", {"evaluator": resolve("emoji/training/depth")}),
+        ("evaluator: expected a model for depth", [], "depth", {"base": "owner/base", "clip": "owner/clip"}),
+        ("clip: expected a folder or Hub name", [], "lineart", {"base": "owner/base"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate.controllability(controlnets, condition, **options)
 
 
 def test_reward_writes_a_line_for_each_lora(tmp_path, monkeypatch, capsys):

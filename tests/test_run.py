@@ -122,6 +122,24 @@ def test_another_config_is_refused_by_field(finished):
         Run(toy_config(finished, max_train_steps=9))
 
 
+def test_what_another_config_made_is_not_written_over(finished):
+    """Also where its checkpoints are gone, or were never there, as in a folder that came from the Hub."""
+    for checkpoint in finished.glob("checkpoint-*"):
+        artifacts.remove(checkpoint)
+    (finished / "README.md").write_text("a card")
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"\(finished\) with another config:\n  learning_rate: 0.01 there, 0.02 now\n"):
+        Run(toy_config(finished, learning_rate=2e-2))
+    assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+    Run(toy_config(finished, learning_rate=2e-2, dry_run=True))
+    assert train(toy_config(finished, logging_steps=5)).position == 10  # its own config may begin again
+
+
+def test_a_run_that_made_nothing_may_begin_again_with_another_config(tmp_path):
+    Run(toy_config(tmp_path))  # and then, say, its data were not there
+    assert train(toy_config(tmp_path, learning_rate=2e-2)).position == 10
+
+
 def test_what_does_not_change_results_may_change(finished):
     cfg = toy_config(finished, max_train_steps=12, logging_steps=5, checkpoints_total_limit=1, train_batch_size=4,
                      gradient_accumulation_steps=1)  # fmt: skip

@@ -211,9 +211,10 @@ def train(cfg: Config) -> Path:
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
     size = base.image_size(cfg.resolution, cfg.resolution)
     condition.to(run.device)
-    if cfg.reward_weight:
-        probe_condition(condition, *size, run.device)
     load = Loader(run, cfg, data, base, condition, size)
+    if cfg.reward_weight:
+        for height, width in load.sizes():
+            probe_condition(condition, height, width, run.device)
     controlnet = make_controlnet(cfg, base)
     run.speed_up(controlnet)
     monitors = combine(cfg.monitors).to(run.device) if cfg.monitors else None
@@ -428,6 +429,12 @@ class Loader:
         if self.buckets:
             return self.buckets.row(index, self.run.permutation)
         return index if self.data.size is None else self.run.shuffled(self.data.size, index, "rows")
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """All (height, width) that the micro-batches have."""
+        if self.buckets is None:
+            return [self.size]
+        return sorted({self.buckets.size(row) for row in range(self.data.size)})
 
     def __call__(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [self.row(index) for index in indices]

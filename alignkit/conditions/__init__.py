@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignkit.conditions.condition import Condition, PerImage, gray, model_input
-from alignkit.named import build_named, refuse_evaluators
+from alignkit.named import build_named, refuse_judges
 from alignkit.rewards import probe_gradient
 from alignkit.rewards.reward import frozen
 
@@ -48,7 +48,7 @@ def build_condition(name: str, *, evaluator: bool = False, **args: Any) -> Condi
             a model that only evaluation may open.
     """
     if not evaluator:
-        refuse_evaluators(name, args)
+        refuse_judges(name, args, "evaluator", "identity")
     return frozen(build_named(name, CONDITIONS, Condition, args))
 
 

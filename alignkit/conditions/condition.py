@@ -128,14 +128,25 @@ def gray(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture).astype(np.float32))
 
 
-def model_input(images: Tensor, resolution: int | None, multiple: int, mode: str, mean: Tensor, std: Tensor) -> Tensor:
+def model_input(
+    images: Tensor,
+    resolution: int | tuple[int, int] | None,
+    multiple: int,
+    mode: str,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
     """Images [B,3,H,W] in [0,1] as a model wants them, with gradient.
 
-    The shortest side becomes `resolution` (None: as it is), sides are rounded to a `multiple`, the aspect is kept.
+    The shortest side becomes `resolution` (None: as it is), sides are rounded to a `multiple`, the aspect is kept; a
+    pair is (height, width) of a model that takes no other size: the picture is squashed.
     """
     height, width = images.shape[-2:]
-    scale = 1.0 if resolution is None else resolution / min(height, width)
-    size = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+    if isinstance(resolution, tuple):
+        size = resolution
+    else:
+        scale = 1.0 if resolution is None else resolution / min(height, width)
+        size = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
     if size != (height, width):
         images = F.interpolate(images, size=size, mode=mode, antialias=True).clamp(0, 1)
     return (images - mean) / std

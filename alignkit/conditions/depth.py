@@ -42,7 +42,7 @@ class Depth(Condition):
             raise ValueError(f"normalise: expected max or range, got {normalise!r}")
         path = resolve(model)
         self.estimator = frozen(read_pretrained(AutoModelForDepthEstimation, path, dtype=torch.float32))
-        self.input = preprocessing(path, resolution)
+        self.input = preprocessing(path, self.estimator.config, resolution)
         self.normalise = normalise
 
     def normalised(self, depths: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Segmentation(Condition):
         self.universal = AutoConfig.from_pretrained(path).model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if self.universal else AutoModelForSemanticSegmentation
         self.segmenter = frozen(read_pretrained(kind, path, dtype=torch.float32))
-        self.input = preprocessing(path, resolution)
+        self.input = preprocessing(path, self.segmenter.config, resolution)
         self.num_classes = self.segmenter.config.num_labels
         colors = distinct_colors(self.num_classes) if palette is None else read_palette(palette, self.num_classes)
         self.register_buffer("palette", torch.cat([colors, torch.zeros(1, 3)]), persistent=False)  # last: unlabelled

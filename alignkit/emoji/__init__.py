@@ -27,3 +27,12 @@ def resolve(name_or_path: str | PathLike) -> str:
         )
         raise FileNotFoundError(f"The emoji world has no model {name!r}. It has: {', '.join(known)}.")
     return str(folder)
+
+
+def role(name_or_path: str | PathLike) -> str | None:
+    """Whose a bundled model is, by its name or its path: training, monitor, evaluator, ...; None for any other."""
+    name = fspath(name_or_path)
+    if name.startswith("emoji/"):
+        return name.split("/")[1]
+    path, world = Path(name).resolve(), WEIGHTS_DIR.resolve()
+    return path.relative_to(world).parts[0] if world in path.parents else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignkit.named import build_named, refuse_evaluators
+from alignkit.named import build_named, refuse_judges
 from alignkit.rewards.reward import Reward, column, frozen
 
 __all__ = [
@@ -80,7 +80,7 @@ def build_reward(name: str, **args: Any) -> Reward:
         ValueError: no such reward, not a Reward, arguments that its class does not take, the evaluator's model, or
             weights of another shape than its model's.
     """
-    refuse_evaluators(name, args)
+    refuse_judges(name, args, "evaluator", "identity")
     return frozen(build_named(name, REWARDS, Reward, args))
 
 

@@ -289,7 +289,7 @@ JUDGES = {  # function, widths, seed, steps
     "evaluator/reader": (reader, (32, 80, 144), 43, 4000),
     "identity/reader": (identity, (24, 64, 112), 44, 1500),
     "training/depth": (depth, (12, 20, 32, 40), 46, 1500),
-    "evaluator/segmenter": (other_segmenter, (24, 32, 40, 48), 47, 2500),
+    "evaluator/segmenter": (other_segmenter, (24, 32, 40, 48), 47, 5000),
     "evaluator/depth": (other_depth, (32, 8, 12, 16, 24), 48, 1500),
     "monitor/counter": (counter, (16, 40, 64), 45, 700),
 }
