@@ -265,7 +265,8 @@ def estimate(train: Callable[[Any], Any], cfg: Any) -> Ledger:
 def report(run: "Run", ledger: Ledger) -> str:
     """What a training needs, in lines to print."""
     trained = sum(p.nbytes for p in run.params.values())
-    optimizer = sum(t.nbytes for state in run.optimizer.state.values() for t in state.values() if t.is_meta)
+    entries = [value for state in run.optimizer.state.values() for value in state.values()]
+    optimizer = sum(t.nbytes for t in entries if isinstance(t, Tensor) and t.is_meta)
     ema = sum(t.nbytes for t in run.ema.values())
     live = ledger.live - run.bytes_elsewhere
     standing = live - 2 * trained - optimizer - ema

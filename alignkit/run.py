@@ -119,7 +119,7 @@ class Run:
         )
         self.device = torch.device("meta") if cfg.estimate != "no" else self.accelerator.device
         self.device_type = self.device.type if cfg.estimate == "no" else cfg.estimate
-        check_optimizer(cfg.optimizer, self.device)
+        check_optimizer(cfg.optimizer)
         self.is_main = self.accelerator.is_main_process
         self.num_processes = self.accelerator.num_processes
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]

@@ -12,14 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from alignkit import cli, plan
 from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig
+from alignkit.optimizers import PACKAGES
 from alignkit.rewards import RewardConfig, build_reward
 from tests.benchmarks import gpu_check, real_size
 from tests.test_families import thin
 from tests.tiny import save_tiny_model
-from training import alignprop, controlnetpp, customize, neti
+from training import alignprop, controlnetpp, customize, ddpo, neti
 
 MIB = 2**20
-TRAINERS = (alignprop, controlnetpp, neti, customize)
+TRAINERS = (alignprop, ddpo, controlnetpp, neti, customize)
 
 
 def test_a_ledger_counts_storages_once_and_until_they_die():
@@ -143,12 +144,14 @@ def build(tmp_path):
     (images / "metadata.jsonl").write_text(
         '{"image": "one.png", "text": "a cat"}\n{"image": "two.png", "text": "a dog"}\n'
     )
+    tuning = {
+        "prompt_file": str(tmp_path / "prompts.txt"),
+        "rewards": [RewardConfig("compressibility")],
+        "num_validation_images": 2,
+    }
     own = {
-        alignprop: {
-            "prompt_file": str(tmp_path / "prompts.txt"),
-            "rewards": [RewardConfig("compressibility")],
-            "num_validation_images": 2,
-        },
+        alignprop: tuning,
+        ddpo: tuning,
         controlnetpp: {
             "train_data_dir": str(images),
             "condition": ConditionConfig("lineart"),
@@ -184,7 +187,7 @@ def build(tmp_path):
     return build
 
 
-def compare(build, trainer, **fields) -> None:
+def compare(build, trainer, accumulated=1, **fields) -> None:
     with plan.Ledger("cpu") as real, pytest.raises(SystemExit):
         trainer.train(build(trainer, **fields))
     predicted = plan.estimate(trainer.train, build(trainer, estimate="cpu", **fields))
@@ -193,7 +196,8 @@ def compare(build, trainer, **fields) -> None:
         assert predicted.phases[name].peak == pytest.approx(real.phases[name].peak, rel=0.1), name
         # NeTI's validation encodes a prompt once for each of its timesteps, which all are one without numbers
         if (trainer, name) != (neti, "validate"):
-            assert predicted.phases[name].flops == real.phases[name].flops, name
+            passes = accumulated if name == "train" else 1
+            assert [passes * flops for flops in predicted.phases[name].flops] == real.phases[name].flops, name
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
@@ -201,6 +205,19 @@ def test_prediction_equals_the_run(build, capsys, trainer):
     compare(build, trainer)
     report = capsys.readouterr().out
     assert "on cpu (checked" in report and "peak of training" in report
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "prodigy", "adafactor", "diffgrad"])
+def test_prediction_equals_the_run_with_other_optimizers(build, capsys, optimizer):
+    pytest.importorskip(PACKAGES[optimizer])
+    compare(build, customize, optimizer=optimizer, method="dreambooth", use_ema=False)
+    assert "peak of training" in capsys.readouterr().out
+
+
+def test_prediction_equals_the_run_with_accumulation_and_encoders_on_the_cpu(build):
+    """A micro-batch stands for all of an update, whose FLOPs the report multiplies."""
+    fields = {"gradient_accumulation_steps": 2, "offload_text_encoders": True}
+    compare(build, alignprop, accumulated=2, **fields)
 
 
 def test_prediction_equals_the_run_under_autocast(build):
