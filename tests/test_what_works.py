@@ -13,15 +13,21 @@ from alignkit.base import load_base
 from alignkit.concepts import create
 from alignkit.conditions import ConditionConfig
 from alignkit.config import LoraConfig
+from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from tests.test_controlnet_families import BLOCKS
 from tests.test_controls import write_folder
 from tests.test_families import SHRINK, thin
 from tests.what_works import BASES, table
-from training import controlnetpp, customize, neti
+from training import controlnetpp, customize, ddpo, neti
 
 TABLE = table()
-TRAINERS = {"ControlNet++": controlnetpp, "NeTI, Textual Inversion, P+": neti, "customisers": customize}
+TRAINERS = {
+    "DDPO": ddpo,
+    "ControlNet++": controlnetpp,
+    "NeTI, Textual Inversion, P+": neti,
+    "customisers": customize,
+}
 
 
 def cells(*methods: str):
@@ -60,10 +66,25 @@ def test_the_table_has_every_base_and_method():
     assert set(TABLE["AlignProp and its relatives"].values()) == {"yes"}  # which tests/test_families.py walks
 
 
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a\na dog\n")
+    return str(file)
+
+
 @cells(*TRAINERS)
-def test_trainers(method, base, folders, images, controls, tmp_path, monkeypatch):
+def test_trainers(method, base, folders, images, controls, prompts, tmp_path, monkeypatch):
     """One update of a dry run has a gradient, and one that is finite; what is refused is so before any step."""
     own = {
+        "DDPO": {
+            "prompt_file": prompts,
+            "rewards": [RewardConfig("tests.toy_rewards:Detached")],
+            "lora": LoraConfig(rank=2),
+            "train_batch_size": 2,  # one sample has no advantage over others
+            "num_inference_steps": 2,
+            "num_validation_images": 1,
+        },
         "ControlNet++": {
             "train_data_dir": controls,
             "condition": ConditionConfig("tests.toy_conditions:Red"),
@@ -89,8 +110,8 @@ def test_trainers(method, base, folders, images, controls, tmp_path, monkeypatch
     trainer = TRAINERS[method]
     cfg = trainer.Config(
         output_dir=str(tmp_path / "run"), pretrained_model_name_or_path=folders[base], random_init=True, shrink=SHRINK,
-        resolution=32, train_batch_size=1, max_train_steps=1, validation_steps=0, dry_run=True, report_to="none",
-        **own[method],
+        resolution=32, max_train_steps=1, validation_steps=0, dry_run=True, report_to="none",
+        **{"train_batch_size": 1} | own[method],
     )  # fmt: skip
     norms, update = [], Run.update
     monkeypatch.setattr(Run, "update", lambda run: norms.append(update(run)) or norms[-1])
