@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from alignkit import cli, plan
 from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig
+from alignkit.config import parse
 from alignkit.optimizers import PACKAGES
 from alignkit.rewards import RewardConfig, build_reward
 from tests.benchmarks import gpu_check, real_size
@@ -289,6 +291,32 @@ def test_gradients_of_the_gpu_check_have_an_error_of_zero_on_the_cpu_itself(monk
     monkeypatch.setattr(gpu_check, "PRECISIONS", (torch.float32,))
     (line,) = gpu_check.compare("cpu")
     assert line == "torch.float32: relative error 0.00e+00, cosine 1.000000, finite True"
+
+
+@pytest.mark.parametrize("name", gpu_check.TRAININGS)
+def test_trainings_of_the_gpu_check_are_configs(name, monkeypatch):
+    monkeypatch.chdir(gpu_check.ROOT)
+    script, *options = gpu_check.TRAININGS[name]
+    assert script == "training/alignprop.py"
+    cfg = parse(alignprop.Config, options)
+    assert cfg.dry_run and (cfg.estimate == "cuda") == ("predicted" in name)
+
+
+def test_the_gpu_check_goes_on_after_a_failure(capsys, monkeypatch):
+    """With a GPU that is made up; the commands are real, and as short as commands can be."""
+    gpu = SimpleNamespace(name="none", total_memory=2**30, major=1, minor=2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpu)
+    assert {*gpu_check.TRAININGS, "two GPUs"} < gpu_check.checks().keys()
+    commands = ["raise ValueError('no room')", "print('config'); print('dry run: 1 s'); print('end')", "print('a\\nb')"]
+    checks = {str(i): lambda code=code: gpu_check.run(["-c", code]) for i, code in enumerate(commands)}
+    monkeypatch.setattr(gpu_check, "checks", lambda: checks)
+    gpu_check.main()
+    first, *said = capsys.readouterr().out.strip().split("\n\n")
+    assert "2 x none, 1.0 GiB, compute 1.2" in first
+    assert said[0].startswith("0:\nfailed: ") and said[0].endswith("ValueError: no room")
+    assert said[1:] == ["1:\ndry run: 1 s\nend", "2:\nb"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
