@@ -164,6 +164,7 @@ class Run:
             config=cfg.base_config,
             random_init=cfg.random_init,
             shrink=cfg.shrink,
+            quantization=cfg.quantization,
             **options,
         )
         if base.offload_text_encoders and self.device_type != "cpu":

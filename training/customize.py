@@ -110,6 +110,11 @@ class Config(DiffusionConfig):
                 "class, set with_prior_preservation to false"
             )
 
+        if self.method != "lora" and self.quantization != "no":
+            raise ValueError(
+                f"quantization: expected 'no' with method {self.method}, which trains weights of the U-Net itself, got "
+                f"{self.quantization!r}"
+            )
         if self.method == "dreambooth" and self.mixed_precision != "no":
             raise ValueError(
                 f"mixed_precision: expected 'no' with method dreambooth, which trains all of the U-Net in float32, got "
