@@ -153,12 +153,10 @@ def test_trainers_on_a_quantised_base(method, folders, build, norms, tmp_path, m
     base.pipeline().save_pretrained(tmp_path / "base")
     ControlNetModel.from_unet(base.unet).save_pretrained(tmp_path / "controlnet")
     own = {"controlnet_model_name_or_path": str(tmp_path / "controlnet")} if method == "ControlNet++" else {}
-    networks = []
-    monkeypatch.setattr(
-        "alignkit.run.load_base", lambda *args, **kw: networks.append(load_base(*args, **kw)) or networks[0]
-    )
+    seen = {}
+    monkeypatch.setattr("alignkit.run.load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
     dry_run(method, build(method, pretrained_model_name_or_path=str(tmp_path / "base"), quantization="int8", **own))
-    weights = [m.weight for name, m in networks[0].network.named_modules() if name.endswith("ff.net.2")]
+    weights = [m.weight for name, m in seen["base"].network.named_modules() if name.endswith("ff.net.2")]
     assert weights and all(hasattr(weight, "dequantize") and weight.dtype == torch.float32 for weight in weights)
     assert len(norms) == 1 and 0 < norms[0] < float("inf")
 
