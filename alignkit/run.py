@@ -360,6 +360,7 @@ class Run:
             flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in params]), "sum")
             for parameter, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
                 parameter.grad.copy_(grad.view_as(parameter))
+            del flat, grad  # before the optimizer needs room
         self.scaler.unscale_(self.optimizer)
         grad_norm = float(nn.utils.clip_grad_norm_(params, cfg.max_grad_norm))
         finite = math.isfinite(grad_norm)
@@ -439,8 +440,11 @@ class Run:
         set_seed(self._hash("global", *key))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """[n, ...] of each process -> [num_processes * n, ...], in the order of the processes, on all of them."""
-        return self.accelerator.gather(tensor)
+        """[n, ...] of each process -> [num_processes * n, ...], in the order of the processes, on all of them.
+
+        A tensor on the CPU goes where the processes speak to each other, and in a plan keeps its numbers.
+        """
+        return self.accelerator.gather(tensor if tensor.is_meta else tensor.to(self.accelerator.device))
 
     # Showing
 

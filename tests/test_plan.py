@@ -1,5 +1,6 @@
 """alignkit/plan.py: what it predicts on the meta device against what the same training holds on the CPU."""
 
+import contextlib
 import re
 import sys
 from types import SimpleNamespace
@@ -10,15 +11,18 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkit import cli, plan
+from alignkit import cli, config, plan
 from alignkit.base import load_base
-from alignkit.conditions import ConditionConfig
+from alignkit.conditions import ConditionConfig, build_condition
 from alignkit.config import parse
 from alignkit.optimizers import PACKAGES
 from alignkit.rewards import RewardConfig, build_reward
+from tests import two_ledgers
 from tests.benchmarks import gpu_check, real_size
 from tests.test_families import thin
 from tests.tiny import save_tiny_model
+from tests.torchrun import torchrun
+from tests.toy import toy_config
 from training import alignprop, controlnetpp, customize, ddpo, neti
 
 MIB = 2**20
@@ -222,6 +226,19 @@ def test_prediction_equals_the_run_with_accumulation_and_encoders_on_the_cpu(bui
     compare(build, alignprop, accumulated=2, **fields)
 
 
+def test_peak_of_two_processes(tmp_path):
+    fields = {"max_train_steps": 2, "checkpointing_steps": 2}
+    one, trained = two_ledgers.peak(toy_config(tmp_path / "one", **fields))
+    cfg = toy_config(tmp_path / "two", **fields, gradient_accumulation_steps=1)
+    config.save(cfg, tmp_path / "two.yaml")
+    done = torchrun("-m", "tests.two_ledgers", "--config", str(tmp_path / "two.yaml"))
+    peaks = [int(found) for found in re.findall(r"peak (\d+)", done.stdout)]
+    assert len(peaks) == 2, done.stderr[-3000:]
+    alone = one.phases["train"].peak
+    predicted = plan.peak_of_several(alone, one.live, trained)
+    assert max(peaks) == pytest.approx(predicted, rel=0.1) and predicted > 1.1 * alone
+
+
 def test_prediction_equals_the_run_under_autocast(build):
     compare(build, controlnetpp, mixed_precision="bf16")
 
@@ -237,15 +254,34 @@ def test_prediction_equals_the_run_on_the_emoji_model(build):
 
 
 def test_the_configs_judges_need_no_weights():
-    """PickScore, a CLIP of ViT-H/14, and OpenAI's of ViT-L/14, of their published sizes."""
+    """PickScore, a CLIP of ViT-H/14, OpenAI's of ViT-L/14, DPT-Hybrid and UPerNet, of their published sizes."""
     with plan.Ledger("meta"), plan.NoNumbers():
+        depth = build_condition("depth", model="Intel/dpt-hybrid-midas").to("meta")
+        segmentation = build_condition("segmentation", model="openmmlab/upernet-convnext-small").to("meta")
         pickscore = build_reward("pickscore")
         clip = build_reward("alignment", model="openai/clip-vit-large-patch14").to("meta")
         images = torch.zeros(1, 3, 64, 64, device="meta", requires_grad=True)
         clip(images, ["a cat"]).sum().backward()
+        controls = [condition.predict(images) for condition in (depth, segmentation)]
     assert images.grad.shape == images.shape
-    sizes = [sum(p.numel() for p in judge.parameters()) for judge in (pickscore, clip)]
-    assert sizes == [986_109_441, 427_616_513]
+    assert [list(control.shape) for control in controls] == [[1, 64, 64], [1, 150, 64, 64]]
+    judges = (pickscore, clip, depth, segmentation)
+    sizes = [sum(p.numel() for p in judge.parameters()) for judge in judges]
+    assert sizes[:2] == [986_109_441, 427_616_513]
+    assert [round(size / 1e6) for size in sizes[2:]] == [123, 82]
+
+
+@pytest.mark.parametrize("trainer", [controlnetpp, neti, customize], ids=lambda trainer: trainer.__name__)
+def test_pictures_of_the_emoji_world_stand_in_for_a_folder_that_is_not_there(build, trainer, tmp_path, capsys):
+    """In the place of as many of the folder's own: the same is held, and computed, but for NeTI's start."""
+    name = "instance_data_dir" if trainer is customize else "train_data_dir"
+    fields = {"estimate": "cpu"} | ({"with_prior_preservation": False} if trainer is customize else {})
+    with pytest.warns() if trainer is customize else contextlib.nullcontext():
+        without = plan.estimate(trainer.train, build(trainer, **fields, **{name: str(tmp_path / "none")}))
+    assert f"There is no {tmp_path / 'none'}" in capsys.readouterr().out or trainer is customize
+    there = plan.estimate(trainer.train, build(trainer, **fields))
+    assert without.phases["train"].peak == pytest.approx(there.phases["train"].peak, rel=0.1)
+    assert without.phases["train"].flops == there.phases["train"].flops
 
 
 def test_a_judge_that_is_not_to_be_had_is_a_sentence(build, monkeypatch):

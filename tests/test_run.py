@@ -460,6 +460,11 @@ def test_logs_and_pictures(tmp_path):
         run.show(0, "grid", images * 1.5)
 
 
+def test_all_trackers_are_those_that_are_installed(tmp_path):
+    train(toy_config(tmp_path, max_train_steps=2, report_to="all"))
+    assert list((tmp_path / "toy").glob("events.out.tfevents.*"))
+
+
 def test_events_after_the_last_checkpoint_are_dropped(finished):
     artifacts.remove(finished / "checkpoint-10")
     with open(finished / "events.jsonl", "a") as file:
