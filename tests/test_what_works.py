@@ -4,6 +4,8 @@ On random weights of the published architectures, one layer where those have man
 first column is walked by tests/test_families.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import ControlNetModel
@@ -63,7 +65,7 @@ def controls(tmp_path_factory) -> str:
 def test_the_table_has_every_base_and_method():
     assert TABLE.keys() == {"AlignProp and its relatives", *TRAINERS, "AlignIT"}
     assert all(list(column) == list(BASES.values()) for column in TABLE.values())
-    assert {cell for column in TABLE.values() for cell in column.values()} == {"yes", "no", "rows"}
+    assert {cell for column in TABLE.values() for cell in column.values()} == {"yes", "no", "rows", "LoRA"}
     assert set(TABLE["AlignProp and its relatives"].values()) == {"yes"}  # which tests/test_families.py walks
 
 
@@ -141,7 +143,12 @@ def test_trainers(method, base, folders, build, norms):
             TRAINERS[method].train(cfg)
         assert not norms
         return
-    assert TABLE[method][base] == "yes"
+    if TABLE[method][base] == "LoRA":
+        for other in ("custom_diffusion", "dreambooth"):
+            with pytest.raises(ValueError, match="is of the family SDXL; this works on SD 1.x"):
+                TRAINERS[method].train(replace(cfg, method=other))
+    else:
+        assert TABLE[method][base] == "yes"
     dry_run(method, cfg)
     assert len(norms) == 1 and 0 < norms[0] < float("inf")
 
