@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 # A report that the owner of a GPU can send back; without a GPU, a sentence.
-gpu-check: $(VENV)/.installed
+gpu-check: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/gpu_check.py
 
 $(VENV)/.installed: pyproject.toml

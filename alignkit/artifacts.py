@@ -25,6 +25,14 @@ from alignkit.emoji import resolve
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself writes a LoRA
+# Of the bases that configs name, as their cards on the Hub have them.
+LICENSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "other",  # their own, not for every use
+    "black-forest-labs/FLUX.1-dev": "other",
+}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -519,8 +527,9 @@ def write_card(
 ) -> Path:
     """Writes the model card `folder/README.md`: description, pictures (copied), curves.png of `events`, config.
 
-    Needs no network. `base_model` goes into the card's metadata as it is, `license` is what the base's own card says
-    where it lies beside its weights, unless given; `instance_prompt` is the phrase that calls for a learned concept.
+    Needs no network. A `base_model` of the Hub is named in the card's metadata, a folder, a file or "emoji" is not, as
+    the Hub would look for it. `license`, unless given, is what the card beside the base's weights says, or LICENSES;
+    `instance_prompt` is the phrase that calls for a learned concept.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -536,8 +545,9 @@ def write_card(
     parts += ["## Configuration", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}```"]
     libraries = ("torch", "diffusers", "transformers", "accelerate", "peft")
     parts += ["## Versions", ", ".join(f"{name} {version(name)}" for name in libraries)]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
     data = ModelCardData(
-        base_model=base_model,
+        base_model=base_model if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license=license or _license_of(base_model),
@@ -551,11 +561,13 @@ def write_card(
 
 
 def _license_of(base_model: str) -> str | None:
-    """What the card in the base's own folder says."""
+    """What the card in the base's own folder says; of a base on the Hub, LICENSES."""
     from huggingface_hub import ModelCard
 
     card = Path(base_model) / "README.md"
-    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    if card.is_file():
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    return LICENSES.get(base_model)
 
 
 # The Hub

@@ -50,6 +50,7 @@ def generate(
     refine: str | None = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    quantization: Literal["no", "nf4", "int8"] = "no",
     offload: Literal["none", "model", "sequential"] = "none",
     vae_tiling: bool = False,
     output_dir: str = "outputs",
@@ -82,6 +83,7 @@ def generate(
         refine: Text-generation model, a folder or Hub name, that rewrites the prompt first.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the model.
+        quantization: Of the model's network: nf4 needs bitsandbytes, int8 torchao.
         offload: Keep the model in the CPU's memory and bring to the GPU one part at a time (model), or layer by layer
             (sequential: least memory, much slower).
         vae_tiling: Decode a large picture tile by tile, which takes less memory; it may differ at the seams.
@@ -112,7 +114,9 @@ def generate(
             f"offload needs a GPU, to which it brings the model's parts from the CPU's memory; here it is drawn on "
             f"{device}{'' if torch.accelerator.is_available() else ', and there is no GPU'}. Leave offload at none."
         )
-    base = load_base(model, device=device if offload == "none" else "cpu", dtype=getattr(torch, dtype))
+    base = load_base(
+        model, device=device if offload == "none" else "cpu", dtype=getattr(torch, dtype), quantization=quantization
+    )
     height, width = base.image_size(height, width)
     loras = _named_loras(lora)
     picture = None if control_image is None else Image.open(control_image).convert("RGB")

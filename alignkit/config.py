@@ -82,6 +82,8 @@ class RunConfig:
     """Forward passes per update; global batch = train_batch_size * this * number of processes."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the frozen parts; what is trained stays float32."""
+    quantization: Literal["no", "nf4", "int8"] = "no"
+    """Of the base's network, which stays frozen, as its weights are read: nf4 needs bitsandbytes, int8 torchao."""
     torch_compile: Literal["no", "inductor", "aot_eager", "eager"] = free("no")
     """Backend of torch.compile for the denoiser and a ControlNet: "inductor" is the fast one, after minutes of
     compiling; the others are for finding faults. NeTI compiles the denoiser's transformer blocks alone."""

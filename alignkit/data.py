@@ -99,12 +99,19 @@ def read_concept_images(
 ) -> tuple[list[ConceptImage], list[str]]:
     """The images of a concept in the order of their names, checked; and what is odd but harmless, in sentences.
 
+    In a plan, a sprite stands in for a folder that is not there.
+
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: no image in it; images that cannot be read, or are under a quarter of `resolution` (all are named);
             a mask of another size; a caption without the placeholder.
     """
+    from alignkit import emoji, plan
+
     folder = Path(folder)
+    if plan.predicting() and not folder.exists():
+        odd = [f"There is no {folder}: a sprite stands in for its images."]
+        return [ConceptImage(emoji.SPRITE_DIR / "cat.png")], odd
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder of images {folder} (seen from {Path.cwd()}).")
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))

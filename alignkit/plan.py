@@ -262,16 +262,24 @@ def estimate(train: Callable[[Any], Any], cfg: Any) -> Ledger:
     return ledger
 
 
+def peak_of_several(peak: int, live: int, trained: int) -> int:
+    """Bytes at most in each of several processes, which lay their gradients side by side and sum a copy of that.
+
+    Of one process: its peak in a step, what is live between steps, and what of it is trained.
+    """
+    return max(peak, live + 2 * trained)
+
+
 def report(run: "Run", ledger: Ledger) -> str:
     """What a training needs, in lines to print."""
     trained = sum(p.nbytes for p in run.params.values())
-    optimizer = sum(t.nbytes for state in run.optimizer.state.values() for t in state.values() if t.is_meta)
+    entries = [value for state in run.optimizer.state.values() for value in state.values()]
+    optimizer = sum(t.nbytes for t in entries if isinstance(t, Tensor) and t.is_meta)
     ema = sum(t.nbytes for t in run.ema.values())
     live = ledger.live - run.bytes_elsewhere
     standing = live - 2 * trained - optimizer - ema
     peaks = {name: phase.peak - run.bytes_elsewhere for name, phase in ledger.phases.items()}
-    # several processes lay their gradients side by side, and sum a copy of that
-    summing = max(0, live + 2 * trained - peaks["train"])
+    summing = peak_of_several(peaks["train"], live, trained) - peaks["train"]
     count = run.cfg.gradient_accumulation_steps
     steps = [count * flops for flops in ledger.phases["train"].flops]
     checked = {"cpu": "checked, see docs/plan.md", "cuda": "UNVERIFIED: we have no GPU"}[run.cfg.estimate]

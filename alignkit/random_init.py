@@ -25,10 +25,12 @@ ARCHITECTURES = {
     }.items()
     for name in names
 }
-# CLIPs that configs name as judges, of which a plan needs the shapes alone.
-CLIPS = {
+# Judges that configs name, of which a plan needs the shapes alone.
+JUDGES = {
     "openai/clip-vit-large-patch14": str(FOLDER / "clip_l14"),
     "yuvalkirstain/PickScore_v1": str(FOLDER / "clip_h14"),
+    "Intel/dpt-hybrid-midas": str(FOLDER / "dpt_hybrid"),
+    "openmmlab/upernet-convnext-small": str(FOLDER / "upernet_convnext_s"),
 }
 
 

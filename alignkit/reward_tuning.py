@@ -7,7 +7,7 @@ validation images again and again, ends the run that exploits its reward, and wr
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -45,8 +45,6 @@ class RewardTuningConfig(RunConfig):
     """Logged beside it, never optimised; weight and loss have no effect. The first with a CLIP measures diversity."""
     offload_text_encoders: bool = free(False)
     """Leave them in the CPU's memory, where they encode each prompt once: 9 GB less on a GPU for SD3 and FLUX."""
-    quantization: Literal["no", "nf4", "int8"] = "no"
-    """Of the base's network, as its weights are read: nf4 needs bitsandbytes, int8 torchao."""
     prompt_file: str = ""
     """Prompts to train on: .txt, one a line, or .jsonl with `prompt` and columns for the rewards."""
     negative_prompt: str = ""
@@ -96,7 +94,7 @@ def read_training_prompts(cfg: RewardTuningConfig) -> tuple[Prompts, Prompts]:
 
 def load_tuned(run: Run, cfg: RewardTuningConfig, prompts: list[str]) -> tuple[Base, dict[str, nn.Parameter], "Judges"]:
     """The base with a LoRA, the LoRA's parameters, and the judges; ValueError for a prompt that the base cuts."""
-    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders, quantization=cfg.quantization)
+    base = run.load_base(offload_text_encoders=cfg.offload_text_encoders)
     base.check_prompts([*prompts, cfg.negative_prompt])
     c = cfg.lora
     lora = add_lora(base.network, c.rank, c.lora_alpha, c.target_modules, c.dropout, cfg.seed)

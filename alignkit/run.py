@@ -120,7 +120,7 @@ class Run:
         )
         self.device = torch.device("meta") if cfg.estimate != "no" else self.accelerator.device
         self.device_type = self.device.type if cfg.estimate == "no" else cfg.estimate
-        check_optimizer(cfg.optimizer, self.device)
+        check_optimizer(cfg.optimizer)
         self.is_main = self.accelerator.is_main_process
         self.num_processes = self.accelerator.num_processes
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
@@ -167,6 +167,7 @@ class Run:
             config=cfg.base_config,
             random_init=cfg.random_init,
             shrink=cfg.shrink,
+            quantization=cfg.quantization,
             **options,
         )
         if base.offload_text_encoders and self.device_type != "cpu":
@@ -378,6 +379,7 @@ class Run:
             flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in params]), "sum")
             for parameter, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
                 parameter.grad.copy_(grad.view_as(parameter))
+            del flat, grad  # before the optimizer needs room
         self.scaler.unscale_(self.optimizer)
         grad_norm = float(nn.utils.clip_grad_norm_(params, cfg.max_grad_norm))
         finite = math.isfinite(grad_norm)
@@ -457,8 +459,11 @@ class Run:
         set_seed(self._hash("global", *key))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """[n, ...] of each process -> [num_processes * n, ...], in the order of the processes, on all of them."""
-        return self.accelerator.gather(tensor)
+        """[n, ...] of each process -> [num_processes * n, ...], in the order of the processes, on all of them.
+
+        A tensor on the CPU goes where the processes speak to each other, and in a plan keeps its numbers.
+        """
+        return self.accelerator.gather(tensor if tensor.is_meta else tensor.to(self.accelerator.device))
 
     # Showing
 

@@ -1,8 +1,11 @@
 import errno
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard, RepoUrl
@@ -12,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from alignkit.artifacts import (
+    LICENSES,
     LORA_WEIGHTS,
     atomic,
     load_json,
@@ -28,6 +32,8 @@ from alignkit.artifacts import (
     write_card,
 )
 from alignkit.base import add_lora, load_base
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.fixture
@@ -321,7 +327,7 @@ def test_card_needs_no_network(tmp_path, monkeypatch):
         license="apache-2.0",
     )
     card = ModelCard.load(path)
-    assert card.data.base_model == "emoji" and card.data.license == "apache-2.0"
+    assert card.data.base_model is None and card.data.license == "apache-2.0"  # the Hub has no "emoji"
     assert {"lora", "alignkit", "text-to-image"} <= set(card.data.tags)
     assert "learning_rate: 1.0e-05" in card.text and "torch " in card.text
     for name in ("grid.png", "curves.png"):
@@ -329,15 +335,28 @@ def test_card_needs_no_network(tmp_path, monkeypatch):
     assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "curves.png", "grid.png"]
 
 
-def test_the_card_takes_the_bases_licence_from_its_folder(tmp_path):
+def test_the_card_takes_the_bases_licence_from_its_folder_and_names_no_folder(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: openrail++\n---\n# A base\n")
     fields = {"title": "A word", "description": "Trained.", "config": {}, "instance_prompt": "a qx cat"}
-    card = ModelCard.load(write_card(tmp_path / "one", base_model=str(tmp_path / "base"), **fields))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    shutil.copytree("base", "my/base")
+    for folder in ("my/base", str(tmp_path / "base")):
+        card = ModelCard.load(write_card(tmp_path / "one", base_model=folder, **fields))
+        assert card.data.base_model is None
     assert card.data.license == "openrail++" and card.data.to_dict()["instance_prompt"] == "a qx cat"
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
     card = ModelCard.load(write_card(tmp_path / "two", base_model="owner/name", **fields))
     assert card.data.license is None and card.data.base_model == "owner/name"
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    card = ModelCard.load(write_card(tmp_path / "two", base_model=base, **fields))
+    assert card.data.license == "openrail++" and card.data.base_model == base
+
+
+def test_the_licence_of_every_base_that_a_config_names_is_known():
+    configs = [yaml.safe_load(path.read_text()) for path in CONFIGS.rglob("*.yaml")]
+    assert {config["pretrained_model_name_or_path"] for config in configs} - {"emoji"} == LICENSES.keys()
 
 
 class FakeHub:

@@ -6,7 +6,17 @@ import pytest
 
 from alignkit.config import parse
 from tests.benchmarks import alignprop_emoji, neti_overhead
-from tests.benchmarks.alignprop_emoji import ARMS, ROOT, SEEDS, command, curve, first_reached, key, table
+from tests.benchmarks.alignprop_emoji import (
+    ARMS,
+    ROOT,
+    SEEDS,
+    command,
+    curve,
+    first_reached,
+    key,
+    race_over_seeds,
+    table,
+)
 from training import alignprop, ddpo
 
 
@@ -76,13 +86,30 @@ def test_the_tables(tmp_path, monkeypatch):
     ]
     rows.append(rows[0] | {"config": "old"})
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = table().split("\n\n")
+    first, second, third = table().split("\n\n")
     assert len(first.splitlines()) == 2 + 12 and "| aesthetic | 0 | 1.0 | 0.8 → 0.7 |" in first
     lines = second.splitlines()
     assert len(lines) == 2 + 9
     assert "| AlignProp | 0 | +0.25 (100; 100.0), +0.75 (200; 200.0) | 150 images, 150.0 min | 1.0 times |" in second
     assert "| ReFL | 2 | +0.50 (300; 300.0) | 300 images, 300.0 min | 2.0 times | 2.0 times |" in second
     assert "not reached | more than 27.3 times | more than 27.3 times |" in second
+    assert len(third.splitlines()) == 2 + 3
+    assert "| ReFL | 3 | 300 (300 to 300) | 300.0 (300.0 to 300.0) | 2.0 (2.0 to 2.0) | 2.0 (2.0 to 2.0) |" in third
+
+
+def test_the_race_over_seeds():
+    """Means and ends over seeds; of ratios, seed by seed; a run that did not get there makes a lower bound."""
+    curves = {
+        "AlignProp": [points((0.5, 100)), points((0.5, 200)), points((0.1, 500))],
+        "ReFL": [points((0.5, 300)), points((0.5, 400)), points((0.5, 800))],
+        "DDPO": [points((0.5, 1000)), points((0.1, 4000)), points((0.5, 1000))],
+    }
+    cells = [{"arm": arm, "seed": i, "curve": curve} for arm, runs in curves.items() for i, curve in enumerate(runs)]
+    alignprop, refl, ddpo = race_over_seeds(cells).splitlines()[2:]
+    assert "| 3 | more than 267 (100 to 500) |" in alignprop and alignprop.endswith("| 1.0 (1.0 to 1.0) |")
+    assert "| 500 (300 to 800) | 500.0 (300.0 to 800.0) | 2.5 (2.0 to 3.0) | 2.5 (2.0 to 3.0) |" in refl
+    assert "| more than 2,000 (1,000 to 4,000) |" in ddpo and "| more than 15.0 (10.0 to 20.0) |" in ddpo
+    assert race_over_seeds(cells[-1:]).splitlines()[2].endswith("|  |  |")
 
 
 def test_the_text_of_a_concept_is_little_beside_the_network():

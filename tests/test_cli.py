@@ -67,6 +67,16 @@ def test_images_carry_the_settings_that_draw_them_again(model, tmp_path, capsys)
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
 
 
+def test_a_quantised_base_draws_with_a_lora(model):
+    """Nearer to what the whole one draws with it than to what it draws without."""
+    pytest.importorskip("torchao")
+    lora = ("--lora", f"{model}/lora1=0.5")
+    whole, rounded = (generate(model, *lora, *more)[0] for more in ((), ("--quantization", "int8")))
+    plain = generate(model, "--quantization", "int8")[0]
+    difference = np.abs(whole.astype(float) - rounded).mean()
+    assert 0 < difference < np.abs(plain.astype(float) - rounded).mean()
+
+
 def test_all_parts_are_in_the_picture_and_in_its_settings(model, tmp_path):
     pipe = load_base(f"{model}/model").pipeline()
     concepts.create("textual_inversion", pipe, "<n>", "cat").save(tmp_path / "concept")

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.base import load_base
 from alignkit.controlnet import load_controlnet, new_controlnet, save_controlnet
-from tests.test_families import thin
 from tests.original_names import unet_key
+from tests.test_families import thin
 
 OWN = [
     (r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0"),

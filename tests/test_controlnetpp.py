@@ -406,6 +406,22 @@ def test_without_a_reward_it_is_ordinary_controlnet_training(config, monkeypatch
     assert any(not torch.equal(tensor, rewarded[name]) for name, tensor in weights_of(plain).items())
 
 
+def test_a_noise_offset_shifts_whole_channels(config, monkeypatch):
+    """Of the noise that the loss is of: by another number in each channel and sample."""
+    losses, seen = controlnetpp.controlnet_losses, []
+
+    def spy(predict, schedule, x_0, noise, *rest):
+        seen.append(noise)
+        return losses(predict, schedule, x_0, noise, *rest)
+
+    monkeypatch.setattr(controlnetpp, "controlnet_losses", spy)
+    for name, offset in (("plain", 0.0), ("shifted", 0.5)):
+        train(config(name, noise_offset=offset, max_train_steps=1, gradient_accumulation_steps=1, validation_steps=0))
+    shift = seen[1] - seen[0]
+    torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), rtol=0, atol=1e-5)
+    assert shift[..., 0, 0].abs().min() > 0 and shift[..., 0, 0].unique().numel() == shift[..., 0, 0].numel()
+
+
 def test_the_reward_starts_where_it_should(config):
     events = scalars(train(config(reward_start=2)))
     assert ["reward_loss" in event for event in events] == [False, False, True, True]

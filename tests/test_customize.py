@@ -25,6 +25,7 @@ from alignkit.customized import (
 )
 from alignkit.run import Run
 from tests.runs import assert_close, assert_same, scalars, tensors_of
+from tests.test_families import thin
 from tests.tiny import save_tiny_model
 from tests.torchrun import train_on_two_ranks
 from training import customize
@@ -178,7 +179,7 @@ def test_token_row_equals_a_real_token(config, tiny_model):
     cfg, base = config(method="custom_diffusion"), load_base(tiny_model, random_init=True)
     text = customize.Text(base, cfg)
     torch.nn.init.normal_(text.row)
-    ours = text.encode(["a <thing> dog", "a dog"]).detach()
+    ours = text.encode(["a <thing> dog", "a dog"])["encoder_hidden_states"].detach()
     plain = load_base(tiny_model, random_init=True)
     assert torch.equal(ours[1:], plain.encode_prompt(["a dog"]))
     plain.tokenizer.add_tokens("<thing>")
@@ -279,6 +280,22 @@ def test_configs_run(tmp_path):
             command += ["--shrink", "16", "--resolution", "64", "--num_inference_steps", "1"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "dry run" in done.stdout, done.stderr
+
+
+def test_sdxl_learns_by_a_lora_and_its_images_are_the_stock_pipelines(config, tmp_path):
+    """Both text encoders, the pooled text and the sizes: what a validation draws, the pipeline draws of the prompts."""
+    fields = {"pretrained_model_name_or_path": thin("sdxl", tmp_path / "sdxl"), "shrink": 40, "resolution": 64}
+    cfg = config(method="lora", max_train_steps=1, learning_rate=0.1, **fields)
+    folder = train(cfg)
+    base = load_base(fields["pretrained_model_name_or_path"], random_init=True, shrink=40)
+    pipe = load(base.pipeline(), folder).pipe
+    drawn = customize.draw(cfg, base, customize.Text(base, cfg), cfg.phrase)
+    pipe.set_progress_bar_config(disable=True)
+    for i, (prompt, image) in enumerate(zip(customize.validation_prompts(cfg, cfg.phrase), drawn, strict=True)):
+        settings = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
+        generator = torch.Generator().manual_seed(i)
+        stock = pipe(prompt, **settings, height=64, width=64, generator=generator, output_type="pt").images[0]
+        torch.testing.assert_close(image, stock, rtol=0, atol=1e-4)
 
 
 # What is wrong is said

@@ -208,7 +208,10 @@ def test_what_is_refused_at_the_start(config):
 CONFIGS = sorted((ROOT / "configs" / "ddpo").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.slow if path.stem == "sdxl" else ()) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)  # fmt: skip
 def test_configs_dry_run(path, tmp_path, monkeypatch, capsys):
     """On random weights; the judges of a model that is not bundled are replaced by one that needs no weights."""
     monkeypatch.chdir(ROOT)

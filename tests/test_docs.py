@@ -19,6 +19,15 @@ TABLES = {"alignprop": ["alignprop", "ddpo"], "controlnetpp": ["controlnetpp"], 
           "neti": ["neti"]}  # fmt: skip
 
 
+CONFIGS = [page for page in PAGES if page.suffix == ".yaml" and not page.name.startswith("emoji")]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_configs_name_the_source_of_their_numbers(config):
+    header = config.read_text(encoding="utf-8").partition("output_dir:")[0]
+    assert re.search(r"arXiv \d{4}\.\d{5}", header)
+
+
 def commands(start: str) -> list[tuple[str, list[str]]]:
     """All that begin with `start` in a code block, in `code`, or in a config's comment: the page, and the words."""
     found = []

@@ -65,18 +65,17 @@ def test_training_scripts_import_no_sibling():
 
 
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}  # by what is imported of them
-ON_REQUEST = {"bitsandbytes", "torchao"}  # whose absence is a sentence that names them
 
 
 def test_third_parties_are_declared():
     """Else they are there by the grace of another package, or of the developers' environment."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
+    optional = [*extras["optimizers"], *extras["quantization"], *extras["rewards"]]
     own, app, optional = (
-        {re.match(r"[\w-]+", line)[0] for line in lines}
-        for lines in (project["dependencies"], extras["app"], extras["optimizers"] + extras["rewards"])
+        {re.match(r"[\w-]+", line)[0] for line in lines} for lines in (project["dependencies"], extras["app"], optional)
     )
-    for folder, declared in {"alignkit": own | optional | ON_REQUEST, "pipelines": own, "app": own | app}.items():
+    for folder, declared in {"alignkit": own | optional, "pipelines": own, "app": own | app}.items():
         for file in files(folder):
             names = {name.split(".")[0] for name in imports(file)} - set(FOLDERS) - sys.stdlib_module_names
             missing = {DISTRIBUTIONS.get(name, name) for name in names} - declared

@@ -53,7 +53,7 @@ def test_the_update_of_a_mixture_is_the_mixture_of_updates(loras, tmp_path):
     assert mixed.keys() == one.keys() | two.keys() and one.keys() != two.keys()
     for name, delta in mixed.items():
         expected = 0.3 * one.get(name, torch.zeros(())) - 1.2 * two.get(name, torch.zeros(()))
-        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(delta, expected, rtol=1e-6, atol=1e-6)
     assert not any("lora" in name for name, _ in fresh().named_modules())
 
 

@@ -1,7 +1,9 @@
 """alignkit/plan.py: what it predicts on the meta device against what the same training holds on the CPU."""
 
+import contextlib
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,17 +11,22 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkit import cli, plan
+from alignkit import cli, config, plan
 from alignkit.base import load_base
-from alignkit.conditions import ConditionConfig
+from alignkit.conditions import ConditionConfig, build_condition
+from alignkit.config import parse
+from alignkit.optimizers import PACKAGES
 from alignkit.rewards import RewardConfig, build_reward
+from tests import two_ledgers
 from tests.benchmarks import gpu_check, real_size
 from tests.test_families import thin
 from tests.tiny import save_tiny_model
-from training import alignprop, controlnetpp, customize, neti
+from tests.torchrun import torchrun
+from tests.toy import toy_config
+from training import alignprop, controlnetpp, customize, ddpo, neti
 
 MIB = 2**20
-TRAINERS = (alignprop, controlnetpp, neti, customize)
+TRAINERS = (alignprop, ddpo, controlnetpp, neti, customize)
 
 
 def test_a_ledger_counts_storages_once_and_until_they_die():
@@ -143,12 +150,14 @@ def build(tmp_path):
     (images / "metadata.jsonl").write_text(
         '{"image": "one.png", "text": "a cat"}\n{"image": "two.png", "text": "a dog"}\n'
     )
+    tuning = {
+        "prompt_file": str(tmp_path / "prompts.txt"),
+        "rewards": [RewardConfig("compressibility")],
+        "num_validation_images": 2,
+    }
     own = {
-        alignprop: {
-            "prompt_file": str(tmp_path / "prompts.txt"),
-            "rewards": [RewardConfig("compressibility")],
-            "num_validation_images": 2,
-        },
+        alignprop: tuning,
+        ddpo: tuning,
         controlnetpp: {
             "train_data_dir": str(images),
             "condition": ConditionConfig("lineart"),
@@ -184,7 +193,7 @@ def build(tmp_path):
     return build
 
 
-def compare(build, trainer, **fields) -> None:
+def compare(build, trainer, accumulated=1, **fields) -> None:
     with plan.Ledger("cpu") as real, pytest.raises(SystemExit):
         trainer.train(build(trainer, **fields))
     predicted = plan.estimate(trainer.train, build(trainer, estimate="cpu", **fields))
@@ -193,7 +202,8 @@ def compare(build, trainer, **fields) -> None:
         assert predicted.phases[name].peak == pytest.approx(real.phases[name].peak, rel=0.1), name
         # NeTI's validation encodes a prompt once for each of its timesteps, which all are one without numbers
         if (trainer, name) != (neti, "validate"):
-            assert predicted.phases[name].flops == real.phases[name].flops, name
+            passes = accumulated if name == "train" else 1
+            assert [passes * flops for flops in predicted.phases[name].flops] == real.phases[name].flops, name
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
@@ -201,6 +211,32 @@ def test_prediction_equals_the_run(build, capsys, trainer):
     compare(build, trainer)
     report = capsys.readouterr().out
     assert "on cpu (checked" in report and "peak of training" in report
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "prodigy", "adafactor", "diffgrad"])
+def test_prediction_equals_the_run_with_other_optimizers(build, capsys, optimizer):
+    pytest.importorskip(PACKAGES[optimizer])
+    compare(build, customize, optimizer=optimizer, method="dreambooth", use_ema=False)
+    assert "peak of training" in capsys.readouterr().out
+
+
+def test_prediction_equals_the_run_with_accumulation_and_encoders_on_the_cpu(build):
+    """A micro-batch stands for all of an update, whose FLOPs the report multiplies."""
+    fields = {"gradient_accumulation_steps": 2, "offload_text_encoders": True}
+    compare(build, alignprop, accumulated=2, **fields)
+
+
+def test_peak_of_two_processes(tmp_path):
+    fields = {"max_train_steps": 2, "checkpointing_steps": 2}
+    one, trained = two_ledgers.peak(toy_config(tmp_path / "one", **fields))
+    cfg = toy_config(tmp_path / "two", **fields, gradient_accumulation_steps=1)
+    config.save(cfg, tmp_path / "two.yaml")
+    done = torchrun("-m", "tests.two_ledgers", "--config", str(tmp_path / "two.yaml"))
+    peaks = [int(found) for found in re.findall(r"peak (\d+)", done.stdout)]
+    assert len(peaks) == 2, done.stderr[-3000:]
+    alone = one.phases["train"].peak
+    predicted = plan.peak_of_several(alone, one.live, trained)
+    assert max(peaks) == pytest.approx(predicted, rel=0.1) and predicted > 1.1 * alone
 
 
 def test_prediction_equals_the_run_under_autocast(build):
@@ -218,15 +254,34 @@ def test_prediction_equals_the_run_on_the_emoji_model(build):
 
 
 def test_the_configs_judges_need_no_weights():
-    """PickScore, a CLIP of ViT-H/14, and OpenAI's of ViT-L/14, of their published sizes."""
+    """PickScore, a CLIP of ViT-H/14, OpenAI's of ViT-L/14, DPT-Hybrid and UPerNet, of their published sizes."""
     with plan.Ledger("meta"), plan.NoNumbers():
+        depth = build_condition("depth", model="Intel/dpt-hybrid-midas").to("meta")
+        segmentation = build_condition("segmentation", model="openmmlab/upernet-convnext-small").to("meta")
         pickscore = build_reward("pickscore")
         clip = build_reward("alignment", model="openai/clip-vit-large-patch14").to("meta")
         images = torch.zeros(1, 3, 64, 64, device="meta", requires_grad=True)
         clip(images, ["a cat"]).sum().backward()
+        controls = [condition.predict(images) for condition in (depth, segmentation)]
     assert images.grad.shape == images.shape
-    sizes = [sum(p.numel() for p in judge.parameters()) for judge in (pickscore, clip)]
-    assert sizes == [986_109_441, 427_616_513]
+    assert [list(control.shape) for control in controls] == [[1, 64, 64], [1, 150, 64, 64]]
+    judges = (pickscore, clip, depth, segmentation)
+    sizes = [sum(p.numel() for p in judge.parameters()) for judge in judges]
+    assert sizes[:2] == [986_109_441, 427_616_513]
+    assert [round(size / 1e6) for size in sizes[2:]] == [123, 82]
+
+
+@pytest.mark.parametrize("trainer", [controlnetpp, neti, customize], ids=lambda trainer: trainer.__name__)
+def test_pictures_of_the_emoji_world_stand_in_for_a_folder_that_is_not_there(build, trainer, tmp_path, capsys):
+    """In the place of as many of the folder's own: the same is held, and computed, but for NeTI's start."""
+    name = "instance_data_dir" if trainer is customize else "train_data_dir"
+    fields = {"estimate": "cpu"} | ({"with_prior_preservation": False} if trainer is customize else {})
+    with pytest.warns() if trainer is customize else contextlib.nullcontext():
+        without = plan.estimate(trainer.train, build(trainer, **fields, **{name: str(tmp_path / "none")}))
+    assert f"There is no {tmp_path / 'none'}" in capsys.readouterr().out or trainer is customize
+    there = plan.estimate(trainer.train, build(trainer, **fields))
+    assert without.phases["train"].peak == pytest.approx(there.phases["train"].peak, rel=0.1)
+    assert without.phases["train"].flops == there.phases["train"].flops
 
 
 def test_a_judge_that_is_not_to_be_had_is_a_sentence(build, monkeypatch):
@@ -272,6 +327,32 @@ def test_gradients_of_the_gpu_check_have_an_error_of_zero_on_the_cpu_itself(monk
     monkeypatch.setattr(gpu_check, "PRECISIONS", (torch.float32,))
     (line,) = gpu_check.compare("cpu")
     assert line == "torch.float32: relative error 0.00e+00, cosine 1.000000, finite True"
+
+
+@pytest.mark.parametrize("name", gpu_check.TRAININGS)
+def test_trainings_of_the_gpu_check_are_configs(name, monkeypatch):
+    monkeypatch.chdir(gpu_check.ROOT)
+    script, *options = gpu_check.TRAININGS[name]
+    assert script == "training/alignprop.py"
+    cfg = parse(alignprop.Config, options)
+    assert cfg.dry_run and (cfg.estimate == "cuda") == ("predicted" in name)
+
+
+def test_the_gpu_check_goes_on_after_a_failure(capsys, monkeypatch):
+    """With a GPU that is made up; the commands are real, and as short as commands can be."""
+    gpu = SimpleNamespace(name="none", total_memory=2**30, major=1, minor=2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpu)
+    assert {*gpu_check.TRAININGS, "two GPUs"} < gpu_check.checks().keys()
+    commands = ["raise ValueError('no room')", "print('config'); print('dry run: 1 s'); print('end')", "print('a\\nb')"]
+    checks = {str(i): lambda code=code: gpu_check.run(["-c", code]) for i, code in enumerate(commands)}
+    monkeypatch.setattr(gpu_check, "checks", lambda: checks)
+    gpu_check.main()
+    first, *said = capsys.readouterr().out.strip().split("\n\n")
+    assert "2 x none, 1.0 GiB, compute 1.2" in first
+    assert said[0].startswith("0:\nfailed: ") and said[0].endswith("ValueError: no room")
+    assert said[1:] == ["1:\ndry run: 1 s\nend", "2:\nb"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -195,6 +195,29 @@ def test_owlv2_pads_and_scores_as_the_official_one_does(arguments, size):
     assert gradient.isfinite().all() and gradient.any()
 
 
+def test_owlvit_scores_as_the_official_path_does(arguments):
+    reward, image = build_reward("object_presence", **arguments["object_presence"]), photo()
+    pixels = OwlViTImageProcessorPil(size={"height": 32, "width": 32})(pil(image), return_tensors="pt").pixel_values
+    tokens = reward.tokenizer(["a photo of a cat"], padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        logits = reward.detector(pixel_values=pixels, **tokens).logits
+        scores = reward(image, ["x"], object=["cat"])
+    torch.testing.assert_close(scores, logits.amax((1, 2)) - reward.threshold_logit, rtol=1e-2, atol=2e-2)
+
+
+def test_grounding_dino_scores_as_the_official_path_does(arguments):
+    """Of the words between the mark that begins the phrase and its full stop."""
+    reward, image = build_reward("object_presence", **arguments["object_absence"]), photo()
+    processor = GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 128})
+    official = processor(pil(image), return_tensors="pt")
+    tokens = reward.tokenizer(["cat."], return_tensors="pt")
+    assert tokens["input_ids"].shape[1] > 3
+    with torch.no_grad():
+        logits = reward.detector(**official, **tokens).logits[..., 1 : tokens["input_ids"].shape[1] - 2]
+        scores = reward(image, ["x"], object=["cat"])
+    torch.testing.assert_close(scores, logits.amax((1, 2)) - reward.threshold_logit, rtol=1e-2, atol=2e-2)
+
+
 def test_a_detector_that_finds_nothing_has_a_gradient(arguments):
     reward = build_reward("object_presence", **arguments["object_presence"])
     reward.threshold_logit = 1e3  # which no box of a random model is above

@@ -4,8 +4,11 @@ On random weights of the published architectures, one layer where those have man
 first column is walked by tests/test_families.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 
 from alignkit.alignit import Concept, alignit
@@ -13,15 +16,21 @@ from alignkit.base import load_base
 from alignkit.concepts import create
 from alignkit.conditions import ConditionConfig
 from alignkit.config import LoraConfig
+from alignkit.rewards import RewardConfig
 from alignkit.run import Run
 from tests.test_controlnet_families import BLOCKS
 from tests.test_controls import write_folder
 from tests.test_families import SHRINK, thin
 from tests.what_works import BASES, table
-from training import controlnetpp, customize, neti
+from training import controlnetpp, customize, ddpo, neti
 
 TABLE = table()
-TRAINERS = {"ControlNet++": controlnetpp, "NeTI, Textual Inversion, P+": neti, "customisers": customize}
+TRAINERS = {
+    "DDPO": ddpo,
+    "ControlNet++": controlnetpp,
+    "NeTI, Textual Inversion, P+": neti,
+    "customisers": customize,
+}
 
 
 def cells(*methods: str):
@@ -56,14 +65,29 @@ def controls(tmp_path_factory) -> str:
 def test_the_table_has_every_base_and_method():
     assert TABLE.keys() == {"AlignProp and its relatives", *TRAINERS, "AlignIT"}
     assert all(list(column) == list(BASES.values()) for column in TABLE.values())
-    assert {cell for column in TABLE.values() for cell in column.values()} == {"yes", "no", "rows"}
+    assert {cell for column in TABLE.values() for cell in column.values()} == {"yes", "no", "rows", "LoRA"}
     assert set(TABLE["AlignProp and its relatives"].values()) == {"yes"}  # which tests/test_families.py walks
 
 
-@cells(*TRAINERS)
-def test_trainers(method, base, folders, images, controls, tmp_path, monkeypatch):
-    """One update of a dry run has a gradient, and one that is finite; what is refused is so before any step."""
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a\na dog\n")
+    return str(file)
+
+
+@pytest.fixture
+def build(images, controls, prompts, tmp_path):
+    """Makes the config of a dry run of a method's trainer."""
     own = {
+        "DDPO": {
+            "prompt_file": prompts,
+            "rewards": [RewardConfig("tests.toy_rewards:Detached")],
+            "lora": LoraConfig(rank=2),
+            "train_batch_size": 2,  # one sample has no advantage over others
+            "num_inference_steps": 2,
+            "num_validation_images": 1,
+        },
         "ControlNet++": {
             "train_data_dir": controls,
             "condition": ConditionConfig("tests.toy_conditions:Red"),
@@ -86,24 +110,70 @@ def test_trainers(method, base, folders, images, controls, tmp_path, monkeypatch
             "num_inference_steps": 1,
         },
     }
-    trainer = TRAINERS[method]
-    cfg = trainer.Config(
-        output_dir=str(tmp_path / "run"), pretrained_model_name_or_path=folders[base], random_init=True, shrink=SHRINK,
-        resolution=32, train_batch_size=1, max_train_steps=1, validation_steps=0, dry_run=True, report_to="none",
-        **own[method],
-    )  # fmt: skip
+
+    def build(method, **fields):
+        return TRAINERS[method].Config(
+            output_dir=str(tmp_path / "run"), resolution=32, max_train_steps=1, validation_steps=0, dry_run=True,
+            report_to="none", **{"train_batch_size": 1} | own[method] | fields,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.fixture
+def norms(monkeypatch) -> list[float]:
+    """Of the gradients of all updates."""
     norms, update = [], Run.update
     monkeypatch.setattr(Run, "update", lambda run: norms.append(update(run)) or norms[-1])
+    return norms
+
+
+def dry_run(method: str, cfg) -> None:
+    with pytest.raises(SystemExit) as end:
+        TRAINERS[method].train(cfg)
+    assert not end.value.code
+
+
+@cells(*TRAINERS)
+def test_trainers(method, base, folders, build, norms):
+    """One update of a dry run has a gradient, and one that is finite; what is refused is so before any step."""
+    cfg = build(method, pretrained_model_name_or_path=folders[base], random_init=True, shrink=SHRINK)
     if TABLE[method][base] == "no":
         with pytest.raises(ValueError, match="is of the family .*; this works on SD 1.x, SD 2.x and the emoji world"):
-            trainer.train(cfg)
+            TRAINERS[method].train(cfg)
         assert not norms
         return
-    assert TABLE[method][base] == "yes"
-    with pytest.raises(SystemExit) as end:
-        trainer.train(cfg)
-    assert not end.value.code
+    if TABLE[method][base] == "LoRA":
+        for other in ("custom_diffusion", "dreambooth"):
+            with pytest.raises(ValueError, match="is of the family SDXL; this works on SD 1.x"):
+                TRAINERS[method].train(replace(cfg, method=other))
+    else:
+        assert TABLE[method][base] == "yes"
+    dry_run(method, cfg)
     assert len(norms) == 1 and 0 < norms[0] < float("inf")
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_trainers_on_a_quantised_base(method, folders, build, norms, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    base = load_base(folders["sd15"], random_init=True, shrink=SHRINK)
+    base.pipeline().save_pretrained(tmp_path / "base")
+    ControlNetModel.from_unet(base.unet).save_pretrained(tmp_path / "controlnet")
+    own = {"controlnet_model_name_or_path": str(tmp_path / "controlnet")} if method == "ControlNet++" else {}
+    seen = {}
+    monkeypatch.setattr("alignkit.run.load_base", lambda *args, **kw: seen.setdefault("base", load_base(*args, **kw)))
+    dry_run(method, build(method, pretrained_model_name_or_path=str(tmp_path / "base"), quantization="int8", **own))
+    weights = [m.weight for name, m in seen["base"].network.named_modules() if name.endswith("ff.net.2")]
+    assert weights and all(hasattr(weight, "dequantize") and weight.dtype == torch.float32 for weight in weights)
+    assert len(norms) == 1 and 0 < norms[0] < float("inf")
+
+
+def test_what_trains_the_network_itself_takes_no_quantised_one(build):
+    with pytest.raises(ValueError, match="quantization nf4: expected controlnet_model_name_or_path"):
+        build("ControlNet++", quantization="nf4")
+    for name in ("custom_diffusion", "dreambooth"):
+        with pytest.raises(ValueError, match=f"quantization: expected 'no' with method {name}"):
+            build("customisers", quantization="int8", method=name)
 
 
 @cells("AlignIT")

@@ -38,9 +38,9 @@ def toy_config(output_dir, **fields) -> ToyConfig:
     return ToyConfig(output_dir=str(output_dir), **{**defaults, **fields})
 
 
-def toy_params() -> dict[str, nn.Parameter]:
+def toy_params(width: int = 8) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    shapes = {"layer.weight": (8, 4), "layer.bias": (8,), "head.weight": (1, 8)}
+    shapes = {"layer.weight": (width, 4), "layer.bias": (width,), "head.weight": (1, width)}
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 

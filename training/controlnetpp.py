@@ -158,6 +158,11 @@ class Config(DiffusionConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected above 0, got {value}")
+        if self.quantization != "no" and not self.controlnet_model_name_or_path:
+            raise ValueError(
+                f"quantization {self.quantization}: expected controlnet_model_name_or_path, as rounded weights are no "
+                "start for a ControlNet, got none"
+            )
         if self.cache and (self.crop == "random" or self.train_data_dir == "emoji"):
             raise ValueError("cache: expected a folder of images and crop: center, since other images never come again")
         if self.bucket_batch_size % self.train_batch_size:

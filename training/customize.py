@@ -1,6 +1,6 @@
 """Customisers: a model learns one concept from 3 to 8 images. What AlignIT is measured on, and what it plugs into.
 
-- `method: lora`: DreamBooth with a LoRA. Ruiz et al., "DreamBooth", 2022, arXiv 2208.12242.
+- `method: lora`: DreamBooth with a LoRA of the U-Net, also SDXL's. Ruiz et al., "DreamBooth", 2022, arXiv 2208.12242.
 - `method: custom_diffusion`: W_k and W_v of cross-attention and the embedding of one new token. Kumari et al.,
   "Multi-Concept Customization of Text-to-Image Diffusion", 2022, arXiv 2212.04488.
 - `method: dreambooth`: the whole U-Net. The text encoder stays as it is, as in DreamBooth's own text.
@@ -43,9 +43,12 @@ from alignkit.customized import (
     save_embeddings,
 )
 from alignkit.data import load_image, read_concept_images
+from alignkit.families import Condition
 from alignkit.noise import draw_noise
 from alignkit.run import Run
 
+# What a condition's texts are called by the stock pipelines, which make the rest of it themselves.
+PIPELINE_TEXTS = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 TOKEN = "token_embedding"  # the name of the new row among the trained parameters
 CLASS_IMAGES_DEPEND_ON = (
     "pretrained_model_name_or_path", "base_config", "random_init", "shrink", "mixed_precision", "class_noun",
@@ -110,6 +113,11 @@ class Config(DiffusionConfig):
                 "class, set with_prior_preservation to false"
             )
 
+        if self.method != "lora" and self.quantization != "no":
+            raise ValueError(
+                f"quantization: expected 'no' with method {self.method}, which trains weights of the U-Net itself, got "
+                f"{self.quantization!r}"
+            )
         if self.method == "dreambooth" and self.mixed_precision != "no":
             raise ValueError(
                 f"mixed_precision: expected 'no' with method dreambooth, which trains all of the U-Net in float32, got "
@@ -125,7 +133,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the weights, concept.json and a card."""
     run = Run(cfg, "customize")
     base = run.load_base()
-    base.require_family("StableDiffusionPipeline")
+    base.require_family("StableDiffusionPipeline", *["StableDiffusionXLPipeline"] * (cfg.method == "lora"))
     base_fingerprint = fingerprint(base.unet)
     side = min(base.image_size(cfg.resolution, cfg.resolution))
     instance_images = read_images(cfg.instance_data_dir, side)
@@ -202,10 +210,11 @@ def finish_projection(dtype: torch.dtype):
 
 
 class Text:
-    """Prompts to embeddings. With custom_diffusion the placeholder is a new token, whose `row` [1, D] is trained."""
+    """Prompts to conditions. With custom_diffusion the placeholder is a new token, whose `row` [1, D] is trained."""
 
     def __init__(self, base: Base, cfg: Config):
         self.base, self.row, self.new_id = base, None, -1
+        self.side = min(base.image_size(cfg.resolution, cfg.resolution))
         if cfg.method != "custom_diffusion":
             return
         table = base.text_encoder.get_input_embeddings().weight
@@ -219,10 +228,10 @@ class Text:
         self.new_id = base.tokenizer.convert_tokens_to_ids(cfg.placeholder_token)
         self.row = nn.Parameter(table[noun].float().mean(0, keepdim=True))
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Prompt embeddings [B, S, D], with the row's gradient."""
+    def encode(self, prompts: list[str], negative: bool = False) -> Condition:
+        """As `Base.condition`, with the row's gradient."""
         if self.row is None:
-            return self.base.encode_prompt(prompts)
+            return self.base.condition(prompts, self.side, self.side, negative)
         self.base.check_prompts(prompts)
         tokenizer, text_encoder = self.base.tokenizer, self.base.text_encoder
         ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
@@ -235,7 +244,7 @@ class Text:
         # a hook, since CLIPTextModel takes no inputs_embeds; and no larger table, which would draw random rows
         handle = text_encoder.get_input_embeddings().register_forward_hook(place)
         try:
-            return text_encoder(ids.masked_fill(is_new, 0))[0]
+            return {"encoder_hidden_states": text_encoder(ids.masked_fill(is_new, 0))[0]}
         finally:
             handle.remove()
 
@@ -272,11 +281,9 @@ def denoising_loss(
         timestep.append(torch.randint(base.schedule.num_train_timesteps, (), generator=generator))
         prompts.append(examples.prompts[int(torch.randint(len(examples.prompts), (), generator=generator))])
     x_0, noise, timestep = torch.stack(x_0), torch.stack(noise).to(run.device), torch.stack(timestep).to(run.device)
-    x_t = base.schedule.add_noise(x_0, noise, timestep).to(base.unet.dtype)
-    prompt_embeds = text.encode(prompts).to(base.unet.dtype)
-    output = base.unet(x_t, timestep, encoder_hidden_states=prompt_embeds).sample
+    output = base.forward(base.schedule.add_noise(x_0, noise, timestep), timestep, text.encode(prompts))
     target = base.schedule.target(x_0, noise, timestep)
-    loss = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+    loss = F.mse_loss(output, target, reduction="none").mean((1, 2, 3))
     return loss * base.schedule.min_snr_weight(timestep, cfg.snr_gamma).to(loss) if cfg.snr_gamma else loss
 
 
@@ -304,7 +311,8 @@ def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
         remove(folder)  # of a run that ended before its first checkpoint, which would have refused this one
     if cfg.dry_run or (run.is_main and not folder.is_dir()):
         prompts = [cfg.templates[i % len(cfg.templates)].format(cfg.class_noun) for i in range(number)]
-        images = sample(cfg, base, base.encode_prompt(prompts), base.encode_prompt([""]))
+        negative = base.condition([""], side, side, negative=True)
+        images = sample(cfg, base, base.condition(prompts, side, side), negative)
         if cfg.dry_run:
             return images
         with atomic(folder) as temporary:
@@ -325,28 +333,32 @@ def validation_prompts(cfg: Config, phrase: str) -> list[str]:
 @torch.no_grad()
 def draw(cfg: Config, base: Base, text: Text, phrase: str) -> Tensor:
     """The validation's images [N, 3, H, W] in [0, 1], of the concept or of its class."""
-    return sample(cfg, base, text.encode(validation_prompts(cfg, phrase)), text.encode([""]))
+    return sample(cfg, base, text.encode(validation_prompts(cfg, phrase)), text.encode([""], negative=True))
 
 
 @torch.no_grad()
-def sample(cfg: Config, base: Base, prompt_embeds: Tensor, negative_prompt_embeds: Tensor) -> Tensor:
-    """An image per row of prompt_embeds from the stock pipeline, image i with seed i."""
+def sample(cfg: Config, base: Base, condition: Condition, negative: Condition) -> Tensor:
+    """An image per row of the condition from the stock pipeline, image i with seed i."""
     base.unet.eval()
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
     side = min(base.image_size(cfg.resolution, cfg.resolution))
-    images = []
-    for start in range(0, len(prompt_embeds), cfg.sample_batch_size):
-        rows = prompt_embeds[start : start + cfg.sample_batch_size]
+    images, total = [], len(condition["encoder_hidden_states"])
+    for start in range(0, total, cfg.sample_batch_size):
+        number = min(cfg.sample_batch_size, total - start)
+        texts = {}
+        for name, argument in PIPELINE_TEXTS.items():
+            if name in condition:
+                texts[argument] = condition[name][start : start + number]
+                texts[f"negative_{argument}"] = negative[name].expand_as(texts[argument])
         images.append(
             pipe(
-                prompt_embeds=rows,
-                negative_prompt_embeds=negative_prompt_embeds.expand_as(rows),
+                **texts,
                 height=side,
                 width=side,
                 num_inference_steps=cfg.num_inference_steps,
                 guidance_scale=cfg.guidance_scale,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(len(rows))],
+                generator=[torch.Generator().manual_seed(start + i) for i in range(number)],
                 output_type="pt",
             ).images
         )

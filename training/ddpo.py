@@ -173,7 +173,7 @@ def draw_round(
             rollouts[micro_batch[0]] = rollout
             indices += micro_batch
             scored.append(-rollout.measured["loss"].float())
-    samples = run.gather(torch.tensor(indices, device=run.device)).tolist()
+    samples = run.gather(torch.tensor(indices)).tolist()
     values = dict(zip(samples, run.gather(torch.cat(scored)).tolist(), strict=True))
     samples.sort()
     bad = [i for i in samples if not torch.tensor(values[i]).isfinite()]

@@ -9,11 +9,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import AutoModelForDepthEstimation
 
-from alignkit.artifacts import read_pretrained
 from alignkit.conditions.condition import Condition, PerImage, gray, model_input
-from alignkit.conditions.models import preprocessing
-from alignkit.emoji import resolve
-from alignkit.rewards.reward import frozen
+from alignkit.conditions.models import find_model, load_model, preprocessing
 
 
 class Depth(Condition):
@@ -40,8 +37,8 @@ class Depth(Condition):
         super().__init__()
         if normalise not in ("max", "range"):
             raise ValueError(f"normalise: expected max or range, got {normalise!r}")
-        path = resolve(model)
-        self.estimator = frozen(read_pretrained(AutoModelForDepthEstimation, path, dtype=torch.float32))
+        path = find_model(model)
+        self.estimator = load_model(AutoModelForDepthEstimation, path)
         self.input = preprocessing(path, self.estimator.config, resolution)
         self.normalise = normalise
 

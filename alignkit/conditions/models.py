@@ -1,16 +1,36 @@
-"""How a transformers model wants its images, from its `preprocessor_config.json`, without its image processor.
+"""transformers' models that read conditions, and how they want their images, by their `preprocessor_config.json`.
 
-The processors go through numpy or uint8, which cuts the gradient. Models are read in float32: weights in half precision
-would round the gradient of every pixel.
+Their image processors go through numpy or uint8, which cuts the gradient. Models are read in float32: weights in half
+precision would round the gradient of every pixel.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-from transformers import PretrainedConfig
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
 
+from alignkit import plan
+from alignkit.artifacts import read_pretrained
+from alignkit.emoji import resolve
+from alignkit.random_init import JUDGES
 from alignkit.rewards.clip import IMAGENET_STATISTICS, image_statistics, interpolation_of, processor_config
+from alignkit.rewards.reward import frozen
+
+
+def find_model(name: str) -> str:
+    """The model's folder or Hub name; in a plan, which needs the shapes alone, the folder that JUDGES has of it."""
+    path = resolve(name)
+    return JUDGES.get(path, path) if plan.predicting() else path
+
+
+def load_model(kind: type, path: str) -> nn.Module:
+    """The frozen model of an AutoModel class at a path of `find_model`."""
+    if plan.predicting() and path in JUDGES.values():
+        with torch.device("meta"):
+            return frozen(kind.from_config(AutoConfig.from_pretrained(path)))
+    return frozen(read_pretrained(kind, path, dtype=torch.float32))
 
 
 def preprocessing(

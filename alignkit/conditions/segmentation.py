@@ -18,11 +18,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
 
-from alignkit.artifacts import read_pretrained
 from alignkit.conditions.condition import Condition, model_input
-from alignkit.conditions.models import preprocessing
-from alignkit.emoji import resolve
-from alignkit.rewards.reward import frozen
+from alignkit.conditions.models import find_model, load_model, preprocessing
 
 # Of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff; also where there are more classes.
 IGNORE = 255
@@ -48,10 +45,10 @@ class Segmentation(Condition):
         self, model: str = "emoji/training/segmenter", palette: str | None = None, resolution: int | None = None
     ):
         super().__init__()
-        path = resolve(model)
+        path = find_model(model)
         self.universal = AutoConfig.from_pretrained(path).model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if self.universal else AutoModelForSemanticSegmentation
-        self.segmenter = frozen(read_pretrained(kind, path, dtype=torch.float32))
+        self.segmenter = load_model(kind, path)
         self.input = preprocessing(path, self.segmenter.config, resolution)
         self.num_classes = self.segmenter.config.num_labels
         colors = distinct_colors(self.num_classes) if palette is None else read_palette(palette, self.num_classes)

@@ -81,7 +81,7 @@ class ClipEncoder(Encoder):
         super().__init__()
         known = {}
         if plan.predicting():  # which needs the shapes alone
-            from alignkit.random_init import CLIPS as known
+            from alignkit.random_init import JUDGES as known
             from alignkit.random_init import toy_clip
         config = AutoConfig.from_pretrained(known.get(path, path))
         kinds = {

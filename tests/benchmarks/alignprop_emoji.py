@@ -11,7 +11,8 @@ race twelve, of DDPO half an hour; all of them, four hours of two cores.
 
 The second table is a race: the arms from AlignProp to DDPO train on one reward from one base with one kind of LoRA, and
 are evaluated on the way, at the same prompts and noise. A run is prolonged from point to point, which changes nothing
-in it: it resumes bit for bit, at a constant learning rate. Its time is that of the updates alone.
+in it: it resumes bit for bit, at a constant learning rate. Its time is that of the updates alone. The third table sums
+the race up over the seeds.
 """
 
 import hashlib
@@ -196,8 +197,48 @@ def times(points: Sequence[dict], reference: Sequence[dict], what: str) -> str:
     return f"more than {points[-1][what] / theirs:.1f} times" if ours is None else f"{ours / theirs:.1f} times"
 
 
+def race_over_seeds(current: Sequence[dict]) -> str:
+    """Markdown: of each arm, the race's figures as mean (least to most) over seeds.
+
+    A run that has not got to the goal counts with where it ended, so that the mean is a lower bound.
+    """
+    rows = [
+        f"| arm | seeds | images to the first +{GOAL} SD | minutes | times AlignProp: images | time |",
+        "|---" * 6 + "|",
+    ]
+    curves: dict[str, dict[int, Sequence[dict]]] = {}
+    for cell in current:
+        curves.setdefault(cell["arm"], {})[cell["seed"]] = cell["curve"]
+    reference = curves.get("AlignProp", {})
+    for arm, runs in curves.items():
+        beside = {s: run for s, run in runs.items() if first_reached(reference.get(s, []), "images") is not None}
+        figures = [
+            spread(runs, [taken(run, "images") for run in runs.values()], ",.0f"),
+            spread(runs, [taken(run, "seconds") / 60 for run in runs.values()], ".1f"),
+            *(
+                spread(beside, [taken(run, what) / taken(reference[s], what) for s, run in beside.items()], ".1f")
+                for what in ("images", "seconds")
+            ),
+        ]
+        rows.append(f"| {arm} | {len(runs)} | {' | '.join(figures)} |")
+    return "\n".join(rows)
+
+
+def taken(points: Sequence[dict], what: str) -> float:
+    """Images or seconds to the goal, or to the end where it is not reached."""
+    reached = first_reached(points, what)
+    return points[-1][what] if reached is None else reached
+
+
+def spread(runs: dict[int, Sequence[dict]], values: Sequence[float], form: str) -> str:
+    if not runs:
+        return ""
+    bound = "more than " * any(first_reached(run, "images") is None for run in runs.values())
+    return f"{bound}{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def table() -> str:
-    """Markdown: for each arm, every seed's gain in the figures that the arm is about; then the race."""
+    """Markdown: for each arm, every seed's gain in the figures that the arm is about; the race; that over the seeds."""
     figures = ["aesthetic_gain_sd", "present", "alignment", "exact", "pieces_matching", "present_kept"]
     rows = ["| arm | seed | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
     current = [
@@ -211,7 +252,8 @@ def table() -> str:
             alone = figure in ("aesthetic_gain_sd", "present_kept")
             values.append("" if after is None else f"{after}" if alone else f"{before} → {after}")
         rows.append(f"| {cell['arm']} | {cell['seed']} | " + " | ".join(values) + " |")
-    return "\n".join(rows) + "\n\n" + race([cell for cell in current if "curve" in cell])
+    racers = [cell for cell in current if "curve" in cell]
+    return "\n\n".join(["\n".join(rows), race(racers), race_over_seeds(racers)])
 
 
 def main() -> None:
