@@ -544,7 +544,12 @@ def write_card(
         parts += ["## Curves", "![curves](curves.png)"]
     parts += ["## Configuration", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}```"]
     libraries = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    parts += ["## Versions", ", ".join(f"{name} {version(name)}" for name in libraries)]
+    versions = [f"{name} {version(name)}" for name in libraries]
+    if base_model == "emoji":
+        from alignkit.emoji.measure import world_hash
+
+        versions.append(f"emoji world {world_hash()}")
+    parts += ["## Versions", ", ".join(versions)]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
     data = ModelCardData(
         base_model=base_model if on_hub else None,

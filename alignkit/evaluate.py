@@ -59,6 +59,7 @@ def reward(
     prompts: Literal["singles", "pairs", "counts", "three"] = "singles",
     trained_prompts: bool = False,
     number: int = 300,
+    real: bool = False,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
     seed: int = 0,
@@ -72,6 +73,7 @@ def reward(
         prompts: Which prompts of the emoji world; "three" is "exactly three ...".
         trained_prompts: Take the combinations that the base has seen, not the held-out ones.
         number: How many images; prompts are repeated with other noise where there are fewer.
+        real: Score real scenes of these prompts, too, after a round trip through the VAE: what prompts leave to gain.
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
         seed: Of the noise: image i starts from seed + i.
@@ -84,15 +86,24 @@ def reward(
         "prompts": prompts, "held_out": not trained_prompts, "number": number, "seed": seed,
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
     }  # fmt: skip
-    reference, rows = _score_base(**settings), []
-    for name in (None, *lora):
-        scores = _draw_and_score(name, **settings) if name else reference
-        row = {"model": name or "base", **settings, "world_hash": measure.world_hash(), **summary(scores, reference)}
+    reference = _score_base(**settings)
+
+    def scored():
+        yield "base", reference
+        if real:
+            yield "real", _score_real(prompts, not trained_prompts, number, dtype)
+        for name in lora:
+            yield name, _draw_and_score(name, **settings)
+
+    rows: list[dict] = []
+    for name, scores in scored():
+        row = {"model": name, **settings, "world_hash": measure.world_hash(), **summary(scores, reference)}
         rows.append(row)
         print(json.dumps(row, indent=1))
-        if results and name:
+        if results and name in lora:
+            compared = {"base": rows[0]} | ({"real": rows[1]} if real else {}) | {"lora": row}
             with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"base": rows[0], "lora": row}) + "\n")
+                file.write(json.dumps(compared) + "\n")
     return rows
 
 
@@ -125,6 +136,28 @@ def _draw_and_score(
     return score(Evaluator(), prompts, asked, images)
 
 
+def _score_real(prompts: str, held_out: bool, number: int, dtype: str) -> dict:
+    """The same scores of a real scene for each prompt, after a round trip through the VAE."""
+    import numpy as np
+    import torch
+
+    from alignkit.base import load_base
+    from alignkit.emoji import measure
+    from alignkit.emoji.evaluator import Evaluator
+    from alignkit.emoji.fit import to_float
+    from alignkit.emoji.prompts import scene_of
+    from alignkit.emoji.scenes import render
+
+    asked = prompt_set(prompts, unseen=held_out)
+    asked = [asked[i % len(asked)] for i in range(number)]
+    rng = np.random.default_rng(EVALUATION_SEED)
+    images = to_float(np.stack([render(scene_of(prompt, rng)).image for prompt in asked]))
+    base = load_base("emoji", dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        trip = measure.in_batches(lambda some: base.decode(base.encode(some)).float().clamp(0, 1), images)
+    return score(Evaluator(), prompts, asked, trip)
+
+
 EVALUATION_SEED = 2_000_000  # of the first evaluation scene; validations during training start at another
 EVALUATORS = {"segmentation": "emoji/evaluator/segmenter", "depth": "emoji/evaluator/depth"}
 
@@ -153,6 +186,8 @@ def controllability(
     """Compare ControlNets by what can be read off their images again, on the same controls, prompts and noise.
 
     The first row, "real", is of the data's own images after a round trip through the VAE: what no ControlNet passes.
+    KID is to the images whose controls and prompts are shown, so its estimate falls below 0 where pictures resemble
+    their own originals: it ranks rows of one number of images, and is not to be set beside another paper's.
     Soft edges, line art and canny are read by the same formula as in training, since nothing in it was learned.
 
     Args:
@@ -202,7 +237,7 @@ def controllability(
     loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
     size = loaded.image_size(resolution, resolution)
     number = number if data.size is None else min(number, data.size)
-    prompts, real, targets = _first_examples(data, judge, number, size, device)
+    prompts, real, targets = first_examples(data, judge, number, size, device)
     with torch.no_grad():
         features = measure.in_batches(encoder.embed_images, real)
     settings = {
@@ -287,7 +322,7 @@ def _condition_args(
     return seen[first]
 
 
-def _first_examples(data, judge, number: int, size: tuple[int, int], device: str) -> tuple:
+def first_examples(data, judge, number: int, size: tuple[int, int], device: str) -> tuple:
     """Prompts, images [N, 3, H, W] and targets [N, H, W] of the first rows; the judge reads what the data has not."""
     import torch
 

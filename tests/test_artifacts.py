@@ -32,6 +32,7 @@ from alignkit.artifacts import (
     write_card,
 )
 from alignkit.base import add_lora, load_base
+from alignkit.emoji.measure import world_hash
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -330,6 +331,7 @@ def test_card_needs_no_network(tmp_path, monkeypatch):
     assert card.data.base_model is None and card.data.license == "apache-2.0"  # the Hub has no "emoji"
     assert {"lora", "alignkit", "text-to-image"} <= set(card.data.tags)
     assert "learning_rate: 1.0e-05" in card.text and "torch " in card.text
+    assert f"emoji world {world_hash()}" in card.text  # another version of its weights is another base
     for name in ("grid.png", "curves.png"):
         assert f"({name})" in card.text and (path.parent / name).is_file()
     assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "curves.png", "grid.png"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alignkit.config import parse
-from tests.benchmarks import alignprop_emoji, neti_overhead
+from tests.benchmarks import alignprop_emoji, controlnetpp_emoji, neti_overhead
 from tests.benchmarks.alignprop_emoji import (
     ARMS,
     ROOT,
@@ -17,7 +17,7 @@ from tests.benchmarks.alignprop_emoji import (
     race_over_seeds,
     table,
 )
-from training import alignprop, ddpo
+from training import alignprop, controlnetpp, ddpo
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -118,3 +118,66 @@ def test_the_text_of_a_concept_is_little_beside_the_network():
     assert 0 < text <= 0.1 * network
     network, text = neti_overhead.counted(1, neti_overhead.PREFIX)
     assert 0 < text <= 0.05 * network
+
+
+def controlled(condition: str, arm: str, seed: int, figure: float, real: float = 0.5, **fields) -> dict:
+    """A cell of the ControlNets' benchmark."""
+    name = controlnetpp_emoji.METRICS[condition][0]
+    scores = {name: figure, "alignment": 0.8, "diversity": 1.0, "KID": 0.0}
+    cell = {"steps": 500, "train_seconds": 60, "sha256": "0" * 64, "real": scores | {name: real}, "scores": scores}
+    return controlnetpp_emoji.key(condition, arm, seed) | cell | fields
+
+
+@pytest.fixture
+def controlled_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(controlnetpp_emoji, "RESULTS", tmp_path / "controlnetpp_emoji.jsonl")
+
+    def write(*cells: dict) -> None:
+        controlnetpp_emoji.RESULTS.write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+
+    return write
+
+
+@pytest.mark.parametrize("condition", controlnetpp_emoji.CONDITIONS)
+def test_every_controlnet_cell_is_a_command_that_its_trainer_understands(condition, controlled_cells, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="run these two before it"):
+        controlnetpp_emoji.command(condition, controlnetpp_emoji.SAME_TIME, 1)
+    without = controlled(condition, controlnetpp_emoji.NO_REWARD, 1, 0.1, train_seconds=100)
+    controlled_cells(without, controlled(condition, controlnetpp_emoji.REWARD, 1, 0.1, train_seconds=150))
+    for arm in controlnetpp_emoji.arms_of(condition):
+        script, *line = controlnetpp_emoji.command(condition, arm, 1)[1:]
+        cfg = parse(controlnetpp.Config, line)
+        assert script == "training/controlnetpp.py" and cfg.mixed_precision == "bf16" and cfg.reward_start == 0
+        if arm == controlnetpp_emoji.FIRST_STAGE:
+            assert (cfg.seed, cfg.max_train_steps, cfg.controlnet_model_name_or_path) == (1, 1500, None)
+        else:
+            longer = 1.5 if arm == controlnetpp_emoji.SAME_TIME else 1
+            assert (cfg.seed, cfg.max_train_steps) == (1001, 500 * longer)
+            assert "first_stage_1" in cfg.controlnet_model_name_or_path
+        rewarded = arm.startswith("reward") or arm in ("control: detached", "control: other labels")
+        assert (cfg.reward_weight > 0) == rewarded, arm
+
+
+def test_what_the_reward_gained(controlled_cells):
+    """Differences within a seed: +0.1 and +0.3, a quarter and three quarters of the way; a seed without its pair."""
+    first, without, reward = (controlnetpp_emoji.__dict__[name] for name in ("FIRST_STAGE", "NO_REWARD", "REWARD"))
+    controlled_cells(
+        controlled("segmentation", without, 0, 0.1),
+        controlled("segmentation", reward, 0, 0.2),
+        controlled("segmentation", without, 1, 0.1),
+        controlled("segmentation", reward, 1, 0.4),
+        controlled("segmentation", reward, 2, 0.9),
+        controlled("segmentation", first, 0, 0.08),
+        controlled("segmentation", reward, 0, 0.9, config="old"),
+    )
+    _, _, *lines = controlnetpp_emoji.gains("segmentation").splitlines()
+    assert lines == [
+        "| first stage | 1 | mIoU -0.0200 | -5% | +0.0% | +0.0% |",
+        "| reward | 2 | mIoU +0.2000 ± 0.1000 | +50% ± 25% | +0.0% ± 0.0% | +0.0% ± 0.0% |",
+    ]
+    table = controlnetpp_emoji.table("segmentation")
+    assert "| reward | 1 | 500 | 1 | 0.4000 | 0.8000 | 1.0000 | 0.0000 | 00000000 |" in table
+    assert "| real scenes, VAE round trip | | | | 0.5000 |" in table
+    card = controlnetpp_emoji.write_card(["segmentation"])  # of no weights that are here: without a strip
+    assert table in card.read_text() and "![" not in card.read_text()

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
 
+from alignkit.artifacts import read_events
 from alignkit.base import load_base
 from alignkit.conditions import ConditionConfig, build_condition
 from alignkit.config import parse
@@ -181,6 +182,54 @@ def test_a_bad_sample_that_is_not_rewarded_does_no_harm(spy):
     losses = poisoned.losses(TIMESTEP, REWARDED)
     losses.reward.sum().backward()
     assert losses.reward.isfinite().all() and poisoned.error.grad.isfinite().all()
+
+
+def test_the_rewards_gradient_by_finite_differences(tiny_model):
+    """From the consistency through decoder, x_0 and the frozen U-Net to the ControlNet's weights, in float64.
+
+    The decoder's clamp, whose gradient is not its derivative, is a sigmoid here.
+    """
+    base = load_base(tiny_model, random_init=True, dtype=torch.float64)
+    controlnet = perturbed(new_controlnet(base.unet, base.vae_scale_factor)).double().eval()
+    condition = build_condition("softedge").double()
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    control, images = torch.rand(2, 2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    targets = condition.extract(images)
+    text = base.condition(["a cat", "a dog"], 16, 16)["encoder_hidden_states"]
+
+    def denoise(x_t, timestep):
+        down, mid = controlnet(x_t, timestep, text, control, return_dict=False)
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return base.unet(x_t, timestep, text, **added).sample
+
+    def loss() -> torch.Tensor:
+        losses = controlnet_losses(
+            denoise,
+            base.schedule,
+            x_0,
+            noise,
+            torch.tensor([100, 150]),
+            torch.tensor([True, True]),
+            lambda latents: base.vae.decode(latents).sample.sigmoid(),
+            lambda images, rows: condition(images, targets[rows]),
+        )
+        return losses.reward.sum()
+
+    parameters = list(controlnet.parameters())
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    gradients = torch.autograd.grad(loss(), parameters)
+    along = sum(float((gradient * d).sum()) for gradient, d in zip(gradients, directions, strict=True))
+
+    @torch.no_grad()
+    def moved(step: float) -> float:
+        torch._foreach_add_(parameters, directions, alpha=step)
+        value = float(loss())
+        torch._foreach_add_(parameters, directions, alpha=-step)
+        return value
+
+    step = 1e-6
+    assert along == pytest.approx((moved(step) - moved(-step)) / (2 * step), rel=1e-5)
 
 
 def test_which_timesteps_are_rewarded(config):
@@ -601,8 +650,12 @@ def test_a_timestep_beyond_the_schedule_is_refused(config):
         train(config(reward_timesteps=[0, 1000]))
 
 
-def test_bf16_base_trains_float32_weights_for_twenty_steps(config):
-    folder = train(config(mixed_precision="bf16", max_train_steps=20, train_batch_size=1, reward_timesteps=ALL))
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_base_trains_float32_weights_for_twenty_steps(config, precision):
+    """With hardly a step that fp16's loss scale throws away."""
+    folder = train(config(mixed_precision=precision, max_train_steps=20, train_batch_size=1, reward_timesteps=ALL))
+    skipped = [event for event in read_events(folder / "events.jsonl") if event["type"] == "skipped"]
+    assert len(skipped) <= 2
     assert len(scalars(folder)) == 20 and all(math.isfinite(event["reward_loss"]) for event in scalars(folder))
     assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.float32}
 

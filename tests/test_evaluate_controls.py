@@ -1,7 +1,9 @@
 """`alignkit evaluate controllability` on random weights: its rows and its figures; the lines of `evaluate reward`."""
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from alignkit.conditions import ConditionConfig, build_condition
 from alignkit.controlnet import new_controlnet, save_controlnet
 from alignkit.controls import open_controls
 from alignkit.emoji import resolve
+from alignkit.emoji.prompts import scene_of
+from alignkit.emoji.scenes import render
 from training.controlnetpp import Config
 
 
@@ -124,3 +128,19 @@ def test_reward_writes_a_line_for_each_lora(tmp_path, monkeypatch, capsys):
     assert [row["model"] for row in rows] == ["base", "one", "two"]
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(line["base"]["model"], line["lora"]["model"]) for line in lines] == [("base", "one"), ("base", "two")]
+    monkeypatch.setattr(evaluate, "_score_real", lambda *settings: {**scores, "present": torch.tensor([1.0, 0.0])})
+    rows = evaluate.reward(lora=["one"], real=True, results=str(tmp_path / "real.jsonl"))
+    assert [row["model"] for row in rows] == ["base", "real", "one"] and rows[1]["present"] == 0.5
+    (line,) = (json.loads(line) for line in (tmp_path / "real.jsonl").read_text().splitlines())
+    assert line["real"] == rows[1]
+
+
+@pytest.mark.parametrize("kind", ["singles", "pairs", "three"])
+def test_a_real_scene_is_what_its_prompt_says(kind):
+    rng = np.random.default_rng(0)
+    for prompt in evaluate.prompt_set(kind, unseen=True)[:20]:
+        scene = scene_of(prompt, rng)
+        assert scene.background == prompt.background
+        assert Counter(o.sprite.name for o in scene.objects) == {name: prompt.count for name in prompt.objects}
+        seen = len(np.unique(render(scene).instance_map)) - 1  # without the background
+        assert seen == len(scene.objects) == prompt.count * len(prompt.objects)

@@ -40,6 +40,37 @@ def test_the_target_gives_back_image_and_noise(prediction_type):
     torch.testing.assert_close(schedule.predict_noise(target, x_t, timestep), noise, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_x_0_comes_back_in_every_precision(prediction_type, dtype, tolerance):
+    """From the least to the most noise, of SD's schedule; what x_t was rounded by is divided by alpha there."""
+    schedule = schedule_of(prediction_type)
+    timestep = torch.tensor([0, 50, 200, 600, 999])
+    x_0, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    state = torch.get_rng_state()
+    x_t, target = schedule.add_noise(x_0, noise, timestep), schedule.target(x_0, noise, timestep)
+    predicted = schedule.predict_x_0(target.to(dtype), x_t.to(dtype), timestep)
+    error = (predicted.double() - x_0.double()).flatten(1).abs().amax(1)
+    assert (error * schedule.alpha(timestep).flatten() < tolerance).all(), error
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_x_0_is_what_diffusers_step_predicts_without_its_clipping(prediction_type):
+    """Also for a scheduler that clips, as ControlNet++'s code has it: the closed form does not."""
+    scheduler = ddim(prediction_type=prediction_type)
+    scheduler.set_timesteps(1000)
+    schedule = schedule_of(prediction_type)
+    clipping = NoiseSchedule.from_scheduler(ddim(prediction_type=prediction_type, clip_sample=True))
+    output, x_t = 3 * latents(0), 3 * latents(1)
+    for t in (0, 50, 200, 600, 999):
+        expected = scheduler.step(output, t, x_t).pred_original_sample
+        timestep = torch.full((3,), t)
+        torch.testing.assert_close(schedule.predict_x_0(output, x_t, timestep), expected, rtol=1e-5, atol=1e-6)
+        assert expected.abs().max() > 1  # what clip_sample would cut
+        assert torch.equal(clipping.predict_x_0(output, x_t, timestep), schedule.predict_x_0(output, x_t, timestep))
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_step_along_the_target_stays_on_the_straight_path(prediction_type):
     """With a perfect model and eta 0, x_prev = alpha_prev x_0 + sigma_prev noise; eta keeps the variance."""

@@ -9,6 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alignkit import artifacts
 from alignkit.artifacts import read_events
@@ -474,7 +475,12 @@ def test_logs_and_pictures(tmp_path):
     assert shown[0]["captions"] == ["a", "b", "c"]
     grid = Image.open(tmp_path / shown[0]["path"])
     assert grid.size == (8, 8) and [grid.getpixel(at)[0] for at in [(0, 0), (4, 0), (0, 4), (4, 4)]] == [0, 255, 0, 255]
-    assert list((tmp_path / "toy").glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(tmp_path / "toy")).Reload()
+    assert board.Tags()["images"] == ["grid"] and [event.step for event in board.Images("grid")] == [4, 9]
+    assert "validation" not in board.Tags()["scalars"]  # never finite
+    rates = {event.step: event.value for event in board.Scalars("learning_rate")}
+    logged = {event["step"]: event["learning_rate"] for event in events if "learning_rate" in event}
+    assert rates == pytest.approx(logged) and list(rates) == [3, 4, 7, 9]
     assert {event["type"] for event in events} == {"start", "scalars", "images", "checkpoint", "finish"}
     run = Run(toy_config(tmp_path, logging_steps=4, validation_steps=5, report_to="tensorboard"))
     with pytest.raises(ValueError, match=r"in \[0, 1\], got \[3, 3, 4, 4\] in \[0, 1.5\]"):

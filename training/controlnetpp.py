@@ -337,7 +337,7 @@ def controlnet_losses(
     if len(rows):
         predicted_x_0 = schedule.predict_x_0(output[rows], x_t[rows], timestep[rows])
         images = decode(predicted_x_0)
-        outside = ((images.detach() <= 0) | (images.detach() >= 1)).flatten(1).float().mean(1)
+        outside = ((images.detach() <= 0) | (images.detach() >= 1)).flatten(1).to(clamped.dtype).mean(1)
         compared = images.flatten(1).sum(1)  # what is not finite no condition takes; as a loss, it stops the run
         if compared.isfinite().all():
             compared = consistency_loss(images, rows)

@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 
 from alignkit.emoji.captions import NUMBERS, article
-from alignkit.emoji.scenes import BACKGROUNDS, held_out
-from alignkit.emoji.sprites import of_tier
+from alignkit.emoji.scenes import BACKGROUNDS, Scene, held_out, place, sample_background
+from alignkit.emoji.sprites import by_name, of_tier
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,10 @@ def counts(number: int | None = None, seed: int = 0, unseen: bool = True) -> lis
 def exactly(number: int, seed: int = 0, unseen: bool = True) -> list[Prompt]:
     """ "exactly three cats on a red background"."""
     return [Prompt(f"exactly {p.prompt}", p.objects, p.count, p.background) for p in counts(number, seed, unseen)]
+
+
+def scene_of(prompt: Prompt, rng: np.random.Generator) -> Scene:
+    """A scene that is what the prompt says: its objects apart from each other, in their own colours."""
+    background = sample_background(rng, prompt.background)
+    chosen = [by_name(name) for name in prompt.objects] * prompt.count
+    return Scene(**background, objects=place(rng, chosen, background["horizon"], overlapping=False, relation=None))

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/controlnetpp_emoji.py --run                            # the cells that are missing
     python tests/benchmarks/controlnetpp_emoji.py --run --condition segmentation --seed 0
-    python tests/benchmarks/controlnetpp_emoji.py                                  # the table of what is there
+    python tests/benchmarks/controlnetpp_emoji.py                                  # the tables of what is there
+    python tests/benchmarks/controlnetpp_emoji.py --card                           # written, with strips, to results/
 
 The first stage is a cell of its own, trained once a (condition, seed); all arms go on from its weights with the same
 data, noise and number of steps. A cell trains by the trainer's own command line and is scored by `alignkit evaluate
@@ -14,10 +15,13 @@ thresholds.
 
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -55,14 +59,19 @@ def config_of(condition: str) -> Path:
     return ROOT / "configs" / "controlnetpp" / f"emoji_{condition}.yaml"
 
 
-def key(condition: str, arm: str, seed: int) -> dict:
-    """What a cell is found by."""
+@cache  # read once: it is of all the weights
+def current_world() -> str:
     from alignkit.emoji.measure import world_hash
 
+    return world_hash()
+
+
+def key(condition: str, arm: str, seed: int) -> dict:
+    """What a cell is found by."""
     settings = [PRECISION, arms_of(condition)[arm], STEPS, NUMBER]
     text = config_of(condition).read_text(encoding="utf-8") + json.dumps(settings)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return {"condition": condition, "arm": arm, "seed": seed, "config": digest, "world_hash": world_hash()}
+    return {"condition": condition, "arm": arm, "seed": seed, "config": digest, "world_hash": current_world()}
 
 
 def cells() -> list[dict]:
@@ -81,33 +90,50 @@ def folder_of(cell: dict) -> Path:
     return ROOT / "runs" / "benchmarks" / "controlnetpp" / "_".join(words.replace("<=", "").replace(":", "").split())
 
 
+def command(condition: str, arm: str, seed: int) -> list[str]:
+    """The trainer's command line; ValueError where this arm's length is that of others that have not run yet."""
+    config = config_of(condition)
+    overrides = {"output_dir": folder_of(key(condition, arm, seed)), "seed": seed, "reward_start": 0}
+    overrides |= PRECISION | arms_of(condition)[arm]
+    if arm == FIRST_STAGE:
+        steps = settings_of(condition)["reward_start"]
+    else:
+        first = folder_of(key(condition, FIRST_STAGE, seed))
+        overrides |= {"controlnet_model_name_or_path": first, "lr_warmup_steps": 0, "seed": seed + 1000}
+        steps = STEPS
+    if arm == SAME_TIME:
+        timed = [find(condition, other, seed) for other in (REWARD, NO_REWARD)]
+        if None in timed:
+            raise ValueError(f"{SAME_TIME!r} lasts as long as {REWARD!r} beside {NO_REWARD!r}: run these two before it")
+        steps = round(STEPS * max(1.0, timed[0]["train_seconds"] / timed[1]["train_seconds"]))
+    overrides |= {"max_train_steps": steps, "validation_steps": 0}
+    line = [sys.executable, "training/controlnetpp.py", "--config", str(config)]
+    for name, value in overrides.items():
+        line += [f"--{name}", str(value)]
+    return line
+
+
+def settings_of(condition: str) -> dict:
+    return yaml.safe_load(config_of(condition).read_text(encoding="utf-8"))
+
+
 def run_cell(condition: str, arm: str, seed: int) -> None:
     from alignkit.artifacts import sha256
     from alignkit.controlnet import WEIGHTS
     from alignkit.evaluate import controllability
 
     cell = key(condition, arm, seed)
-    folder, config = folder_of(cell), config_of(condition)
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    overrides = {"output_dir": folder, "seed": seed, "reward_start": 0, **PRECISION, **arms_of(condition)[arm]}
-    if arm == FIRST_STAGE:
-        steps = settings["reward_start"]
-    else:
-        first = folder_of(key(condition, FIRST_STAGE, seed))
-        overrides |= {"controlnet_model_name_or_path": first, "lr_warmup_steps": 0, "seed": seed + 1000}
-        steps = STEPS
-    if arm == SAME_TIME:
-        slower = find(condition, REWARD, seed)["train_seconds"] / find(condition, NO_REWARD, seed)["train_seconds"]
-        steps = round(STEPS * max(1.0, slower))
-    overrides |= {"max_train_steps": steps, "validation_steps": 0}
-    command = [sys.executable, "training/controlnetpp.py", "--config", str(config)]
-    for name, value in overrides.items():
-        command += [f"--{name}", str(value)]
+    folder, line = folder_of(cell), command(condition, arm, seed)
+    steps = int(line[line.index("--max_train_steps") + 1])
     started = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True, env=environment())
+    subprocess.run(line, cwd=ROOT, check=True, env=environment())
     seconds = time.monotonic() - started  # of a run that was stopped half-way, only the rest: look at both arms' alike
     real, scores = controllability(
-        [str(folder)], condition, number=NUMBER, guidance_scale=settings["guidance_scale"], dtype="bfloat16"
+        [str(folder)],
+        condition,
+        number=NUMBER,
+        guidance_scale=settings_of(condition)["guidance_scale"],
+        dtype="bfloat16",
     )
     for row in (real, scores):
         del row["model"]
@@ -128,6 +154,7 @@ def commit() -> str:
 
 
 METRICS = {"segmentation": ["mIoU"], "depth": ["RMSE"], "lineart": ["SSIM", "MS-SSIM"]}
+SHOWN = 8  # scenes of a strip, the first of the evaluation
 
 
 def table(condition: str) -> str:
@@ -150,9 +177,100 @@ def table(condition: str) -> str:
     return "\n".join(rows)
 
 
+def gains(condition: str) -> str:
+    """Markdown: what each arm has more than `no reward` of the same seed, and its share of the way to real scenes.
+
+    The first stage's row is the baseline's own slope, with the sign turned. Means over seeds, with standard errors
+    where there are several; alignment and diversity as shares of what the arm without the reward has.
+    """
+    rows = [
+        "| arm minus `no reward` | seeds | figure | of the way to real scenes | alignment | diversity |",
+        "|---" * 6 + "|",
+    ]
+    for arm in arms_of(condition):
+        both = [(find(condition, arm, seed), find(condition, NO_REWARD, seed)) for seed in SEEDS]
+        both = [(cell["scores"], without) for cell, without in both if cell and without]
+        if arm == NO_REWARD or not both:
+            continue
+        for figure in METRICS[condition]:
+            more = [scores[figure] - without["scores"][figure] for scores, without in both]
+            left = [without["real"][figure] - without["scores"][figure] for _, without in both]
+            way = [a / b for a, b in zip(more, left, strict=True)]
+            kept = [
+                interval([scores[name] / without["scores"][name] - 1 for scores, without in both], "+.1%")
+                for name in ("alignment", "diversity")
+            ]
+            rows.append(
+                f"| {arm} | {len(both)} | {figure} {interval(more, '+.4f')} | {interval(way, '+.0%')} | "
+                + " | ".join(kept)
+                + " |"
+            )
+    return "\n".join(rows)
+
+
+def interval(values: Sequence[float], form: str) -> str:
+    """Mean, and the standard error of several."""
+    text = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return text
+    return f"{text} ± {format(statistics.stdev(values) / len(values) ** 0.5, form.removeprefix('+'))}"
+
+
+def strip(condition: str, seed: int, path: Path) -> list[str]:
+    """Draws controls, real scenes and each arm's images of them below each other; returns what the rows are.
+
+    Of the arms whose weights are still in `runs/`: nothing is drawn where there are none.
+    """
+    from alignkit.artifacts import save_strip
+    from alignkit.base import load_base
+    from alignkit.conditions import build_condition
+    from alignkit.controlnet import WEIGHTS, draw_controlled, load_controlnet
+    from alignkit.controls import open_controls
+    from alignkit.evaluate import EVALUATORS, first_examples
+
+    folders = {arm: folder_of(key(condition, arm, seed)) for arm in arms_of(condition) if find(condition, arm, seed)}
+    folders = {arm: folder for arm, folder in folders.items() if (folder / WEIGHTS).is_file()}
+    if not folders:
+        return []
+    model = {"model": EVALUATORS[condition]} if condition in EVALUATORS else {}
+    judge, base = build_condition(condition, evaluator=True, **model), load_base("emoji")
+    data = open_controls("emoji", judge)
+    prompts, real, targets = first_examples(data, judge, SHOWN, base.image_size(), "cpu")
+    rows = {"control": judge.control(targets).float(), "real scene": real}
+    for arm, folder in folders.items():
+        controlnet = load_controlnet(str(folder), base.network, base.vae_scale_factor)
+        rows[arm] = draw_controlled(
+            base,
+            controlnet,
+            rows["control"],
+            prompts,
+            range(SHOWN),
+            num_inference_steps=20,
+            guidance_scale=settings_of(condition)["guidance_scale"],
+        )
+    save_strip(path, list(rows.values()))
+    return list(rows)
+
+
+def write_card(conditions: Sequence[str]) -> Path:
+    """Tables and strips of what is there, beside the cells."""
+    parts = ["# ControlNet++ on the emoji world", "By `python tests/benchmarks/controlnetpp_emoji.py --card`."]
+    for condition in conditions:
+        parts += [table(condition), gains(condition)]
+        for seed in SEEDS:
+            path = RESULTS.with_name(f"controlnetpp_{condition}_{seed}.png")
+            rows = strip(condition, seed, path)
+            if rows:
+                parts.append(f"![{condition}, seed {seed}]({path.name})\n\nRows, seed {seed}: {', '.join(rows)}.")
+    card = RESULTS.with_suffix(".md")
+    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return card
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="run the cells that are missing")
+    parser.add_argument("--card", action="store_true", help="write tables and strips to results/controlnetpp_emoji.md")
     parser.add_argument("--condition", choices=CONDITIONS, action="append")
     parser.add_argument("--arm", choices=list(SEGMENTATION_ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
@@ -166,7 +284,10 @@ def main() -> None:
                 for arm in arms_of(condition):
                     if arm in (args.arm or SEGMENTATION_ARMS) and not find(condition, arm, seed):
                         run_cell(condition, arm, seed)
-    print("\n\n".join(table(condition) for condition in args.condition or CONDITIONS))
+    conditions = args.condition or CONDITIONS
+    print("\n\n".join(f"{table(condition)}\n\n{gains(condition)}" for condition in conditions))
+    if args.card:
+        print(write_card(conditions))
 
 
 if __name__ == "__main__":
