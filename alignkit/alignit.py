@@ -48,9 +48,10 @@ from alignkit.attention import (
     text_layers,
 )
 from alignkit.concepts.text import encode_contexts, keep_recent, prefix, tokenize, towers
+from alignkit.data import word_pattern
 from alignkit.marker import is_marked, marked, numbered_bank, unmarked
 
-PROCESSORS = (
+PROCESSORS = (  # of diffusers, that read text as the first of them does
     "AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor",
     "XFormersAttnProcessor", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0", "CustomDiffusionAttnProcessor",
     "CustomDiffusionAttnProcessor2_0", "CustomDiffusionXFormersAttnProcessor", "IPAdapterAttnProcessor",
@@ -63,8 +64,9 @@ class Concept:
     """What prompts call a concept, and what the base model is to read there.
 
     phrase: all words that carry it: "<thing>" of Textual Inversion, "sks dog" of DreamBooth, "<new1> cat" of Custom
-        Diffusion (there "<new1>" alone gives the concept to the new token and the noun's own row to the base).
-    noun: the class noun that takes the phrase's place in P_0.
+        Diffusion.
+    noun: the class noun that takes the phrase's place in P_0. Empty where the prompt has it beside the phrase: with
+        "<new1>" and "" the base reads "a cat" of "a <new1> cat", and the token's rows are put in between.
     dummy: D, with {} for the phrase.
     learned: of `alignkit.concepts`, when the vectors are not in the pipeline's tokenizer.
     values_from: words whose values are taken while the keys stay the phrase's, with as many tokens: the paper's
@@ -80,7 +82,7 @@ class Concept:
     def __post_init__(self):
         for name in ("phrase", "noun"):
             value = getattr(self, name)
-            if not value.strip() or value != value.strip():
+            if (name == "phrase" and not value) or value != value.strip():
                 raise ValueError(f"{name}: expected words without space around them, got {value!r}.")
         if self.dummy.count("{}") != 1:
             raise ValueError(f"dummy: expected a prompt with one {{}} for the concept, got {self.dummy!r}.")
@@ -148,6 +150,7 @@ def alignit(
     pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
     _check_network(pipe)
+    _warn_of_sums(custom or pipe, concepts, base_adapters)
     names = text_layers(pipe.unet)
     unknown = sorted(set(layers or ()) - set(names))
     if unknown or (layers is not None and not layers):
@@ -381,7 +384,7 @@ def _on_device(concept: Concept, pipe: Any) -> Concept:
 
 def _find(prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int, Concept]]:
     found = [
-        (m.start(), m.end(), concept) for concept in concepts for m in re.finditer(_pattern(concept.phrase), prompt)
+        (m.start(), m.end(), concept) for concept in concepts for m in re.finditer(word_pattern(concept.phrase), prompt)
     ]
     found.sort(key=lambda span: (span[0], -span[1]))
     kept: list[tuple[int, int, Concept]] = []
@@ -396,21 +399,23 @@ def _find(prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int, Conc
     return kept
 
 
-def _pattern(phrase: str) -> str:
-    """ "thing" is not in "things", nor "<thing>" in "<thing>_1"."""
-    return rf"(?<!\w){re.escape(phrase)}(?!\w)"
-
-
 def _rows(
     tokenizers: Sequence[Any], window: int, text: str, places: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Rows (start, stop) of the prompt's embedding that come from these characters; and how many are not padding."""
+    """Rows (start, stop) of the prompt's embedding that come from these characters; and how many are not padding.
+
+    Of no characters, no rows: both are the row of the next token.
+    """
     answers = []
     for tokenizer in tokenizers:
         tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
         offsets = tokens.offset_mapping
         rows = []
         for start, stop in places:
+            if start == stop:
+                behind = (i for i, (a, b) in enumerate(offsets) if start <= a < b)
+                rows.append((next(behind, len(offsets) - 1),) * 2)
+                continue
             inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
             if not inside:
                 raise ValueError(f"{text[start:stop]!r} has no token of its own in {text!r}.")
@@ -781,6 +786,18 @@ def _check_customised(
             )
 
 
+def _warn_of_sums(pipe: Any, concepts: Sequence[Concept], base_adapters: Sequence[str]) -> None:
+    at_work = sorted(
+        {name for net in (pipe.unet, *_text_encoders(pipe)) for name in _active_adapters(net, base_adapters)}
+    )
+    if len(concepts) > 1 and len(at_work) > 1:
+        warnings.warn(
+            f"The LoRAs {', '.join(at_work)} work together: each of the {len(concepts)} concepts is drawn with the sum "
+            "of them. Load one, or train one LoRA on all concepts.",
+            stacklevel=4,  # through a context manager
+        )
+
+
 def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], base_adapters: Sequence[str]) -> None:
     """ValueError for a customiser that the rows which enter the transformer cannot carry."""
     pipes = (pipe, own, other)
@@ -821,10 +838,12 @@ def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
     if torch.compiler.is_compiling():
         return
     for name, module in pipe.unet.named_modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(module, attention_processor.Attention) and type(processor).__name__ not in PROCESSORS:
+        if not (isinstance(module, attention_processor.Attention) and module.is_cross_attention):
+            continue
+        own = type(module.processor)
+        if own.__module__ != attention_processor.__name__ or own.__name__ not in PROCESSORS:
             raise kind(
-                f"{name} has the attention processor {type(processor).__name__}, which may read text in its own way: "
+                f"{name} has the attention processor {own.__name__}, which may read text in its own way: "
                 "call pipe.unet.set_default_attn_processor() first."
             )
     found = find_cache(pipe.unet, ATTENTION_CACHES + BLOCK_CACHES)

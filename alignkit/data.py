@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,9 +159,16 @@ def check_concept_image(
                 wrong.append(f"masks/{mask.name} has another size than {path.name}")
         except (ValueError, *UNREADABLE) as error:
             wrong.append(f"masks/{mask.name} cannot be read ({error})")
-    if caption is not None and placeholder_token and placeholder_token not in caption:
+    if caption is not None and placeholder_token and not re.search(word_pattern(placeholder_token), caption):
         wrong.append(f"{text.name} does not hold the placeholder {placeholder_token}: {caption!r}")
     return found, image, wrong
+
+
+def word_pattern(name: str) -> str:
+    """A pattern for a concept's name in a text: "thing" is not in "things"; "<thing>" is in "<thing>s", as tokenizers
+    read it, but not in "<thing>_1", which is another's."""
+    starts, ends = (letter.isalnum() or letter == "_" for letter in (name[0], name[-1]))
+    return (r"(?<!\w)" if starts else "") + re.escape(name) + (r"(?!\w)" if ends else r"(?!_\d)")
 
 
 def open_image(path: str | Path) -> Image.Image:

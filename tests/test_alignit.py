@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models import attention_processor
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -486,6 +487,25 @@ def test_guidance_batched_or_not_and_several_images(lora):
         torch.testing.assert_close(four[name][4], one[name][0])
 
 
+def test_a_negative_prompt_that_names_the_concept(lora):
+    """Its rows are the concept's there too, and the base's for the noun around them."""
+    with lora.aligned():
+        with recorded(lora.pipe.unet) as ours:
+            draw(lora.pipe, prompt_of(lora))
+        with recorded(lora.pipe.unet) as negative:
+            draw(lora.pipe, "a <t> dog", negative_prompt=prompt_of(lora))
+    assert all(torch.equal(negative[name][0], ours[name][1]) for name in ours)
+
+
+def test_several_loras_and_concepts(lora):
+    """Which LoRA is whose is not said, so that each concept gets their sum."""
+    lora.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="other")
+    lora.pipe.unet.set_adapter(["default", "other"])
+    both = [lora.concept, Concept("<u> cat", "cat")]
+    with pytest.warns(UserWarning, match="The LoRAs default, other work together: each of the 2"):
+        alignit(lora.pipe, both).__enter__()
+
+
 def test_embeddings_brought_along(lora):
     """Those that encode_prompt made inside are AlignIT's; others are text of the base."""
     with lora.aligned():
@@ -503,6 +523,33 @@ def test_embeddings_brought_along(lora):
 def draw_embeds(pipe, embeds: Tensor, negative: Tensor) -> Tensor:
     generator = [torch.Generator().manual_seed(0)]
     return pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, generator=generator, **STEPS).images
+
+
+def test_a_token_beside_its_noun(inversion):
+    """No noun of its own: the base reads the prompt without the token, whose row is put in between."""
+    alone = Concept("<t>", "", dummy="one {} dog")
+    base = inversion.base.encode_prompt("a dog and a hat", "cpu", 1, False)[0][0]
+    dummy = inversion.custom.encode_prompt("one <t> dog", "cpu", 1, False)[0][0]
+    row, own = rows_of(inversion.base, PLAIN, "dog").start, concept_rows(inversion, "one <t> dog").start
+    with alignit(inversion.pipe, [alone]):
+        embeds = inversion.pipe.encode_prompt("a <t> dog and a hat", "cpu", 1, False)[0][0]
+        last = inversion.pipe.encode_prompt("a dog <t>", "cpu", 1, False)[0][0]
+    assert torch.equal(embeds, torch.cat([base[:row], dummy[own : own + 1], base[row:-1]]))
+    base = inversion.base.encode_prompt("a dog", "cpu", 1, False)[0][0]
+    behind = rows_of(inversion.base, "a dog", "dog").stop
+    assert torch.equal(last, torch.cat([base[:behind], dummy[own : own + 1], base[behind:-1]]))
+
+
+def test_a_name_with_something_behind_it(inversion):
+    """As tokenizers read it: in "<t>s" it is the concept, in "<t>_1" another's."""
+    with inversion.aligned():
+        embeds = inversion.pipe.encode_prompt("<t>s", "cpu", 1, False)[0][0]
+        with pytest.warns(UserWarning, match="No concept"):
+            inversion.pipe.encode_prompt("<t>_1", "cpu", 1, False)
+    base = inversion.base.encode_prompt("dogs", "cpu", 1, False)[0][0]
+    dummy = inversion.custom.encode_prompt("one <t> here", "cpu", 1, False)[0][0]
+    own = concept_rows(inversion, "one <t> here").start
+    assert torch.equal(embeds[1], dummy[own]) and torch.equal(embeds[2:-2], base[4:])
 
 
 def test_two_concepts_in_one_prompt(tiny_model):
@@ -751,6 +798,24 @@ def broadcast(unet: nn.Module) -> None:
         cross_attention_block_identifiers=["mid"],
     )
     apply_pyramid_attention_broadcast(unet, config)
+
+
+def test_processors_are_told_by_their_class_and_place(inversion):
+    """One that only bears the name of diffusers' is foreign; what reads no text may be anybody's, as PAG's are."""
+
+    class AttnProcessor(attention_processor.AttnProcessor):
+        pass
+
+    unet, prompt = inversion.pipe.unet, prompt_of(inversion)
+    with inversion.aligned():
+        expected = draw(inversion.pipe, prompt)
+    own = unet.attn_processors
+    unet.set_attn_processor({n: AttnProcessor() if "attn1" in n else p for n, p in own.items()})
+    with inversion.aligned():
+        torch.testing.assert_close(draw(inversion.pipe, prompt), expected, rtol=0, atol=1e-4)
+    unet.set_attn_processor({n: AttnProcessor() if "attn2" in n else p for n, p in own.items()})
+    with pytest.raises(ValueError, match="attention processor AttnProcessor"), inversion.aligned():
+        pass
 
 
 def test_step_cache(inversion):

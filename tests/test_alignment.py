@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -180,6 +181,22 @@ def test_command(tiny_model, pipe, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a dog\n")
     with pytest.raises(ValueError, match=r"one \{\} for the concept"):
         evaluate.alignment(prompts=str(tmp_path / "prompts.txt"), **arguments)
+
+
+def test_command_of_manipulation(tiny_model, base, tmp_path, monkeypatch):
+    """A grid: keys from top to bottom, values from left to right, as the library draws them."""
+    from alignkit.base import load_base
+
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, **own: load_base(tiny_model, random_init=True, **own))
+    file = tmp_path / "out" / "grid.png"
+    evaluate.manipulation("a {} on it", ["dog", "cat"], num_inference_steps=2, output=str(file))
+    images = alignment.manipulation(base, "a {} on it", ["dog", "cat"], SETTINGS, progress=lambda line: None)
+    grid = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+    expected = torch.cat([torch.cat(list(images[row : row + 2]), dim=-1) for row in (0, 2)], dim=-2)
+    torch.testing.assert_close(grid, expected, rtol=0, atol=0.6 / 255)
+    for prompt, source in (("a dog", ["dog", "cat"]), ("a {}", ["dog"])):
+        with pytest.raises(ValueError, match="at least two sources"):
+            evaluate.manipulation(prompt, source)
 
 
 def test_what_cannot_be_loaded(pipe, tmp_path):

@@ -231,7 +231,7 @@ def test_gradients_against_finite_differences():
 # Pipelines, compilation
 
 
-def test_second_order_samplers_and_strength_are_seen_as_they_run():
+def test_second_order_samplers_are_seen_as_they_run():
     base = load_base("sd15", random_init=True, shrink=40)
     pipe = base.pipeline()
     pipe.scheduler = HeunDiscreteScheduler.from_config(DDIMScheduler().config)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alignkit.config import parse
-from tests.benchmarks import alignprop_emoji, controlnetpp_emoji, neti_overhead
+from tests.benchmarks import alignit_emoji, alignprop_emoji, controlnetpp_emoji, neti_emoji, neti_overhead
 from tests.benchmarks.alignprop_emoji import (
     ARMS,
     ROOT,
@@ -181,3 +181,51 @@ def test_what_the_reward_gained(controlled_cells):
     assert "| real scenes, VAE round trip | | | | 0.5000 |" in table
     card = controlnetpp_emoji.write_card(["segmentation"])  # of no weights that are here: without a strip
     assert table in card.read_text() and "![" not in card.read_text()
+
+
+def test_alignits_table(tmp_path, monkeypatch):
+    """One row of current cells, each concept once: what was lost, what came back, and what became of the identity."""
+    monkeypatch.setattr(alignit_emoji, "RESULTS", tmp_path / "results.jsonl")
+
+    def arm(others, identity):
+        return {"others": others, "identity": identity}
+
+    rows = []
+    for number in (0, 1):
+        arms = {"base": arm(0.8, 0.1), "customised": arm(0.4, 0.5), "alignit": arm(0.7, 0.4), "oracle": arm(0.6, 0.3)}
+        arms |= {f"control, {name}": arm(0.8, 0.2) for name in ("random rows", "noun's rows")}
+        rows.append(alignit_emoji.key("lora", "A", number) | {"arms": arms})
+    rows += [rows[0], rows[1] | {"config": "old", "arms": None}]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert alignit_emoji.table().splitlines()[2:] == [
+        "| lora | A | 2 | 0.800 | 0.400 | 0.700 | 0.600 | 40.0 | 0.75 [0.75, 0.75] | 0.500 | 0.400 | "
+        "-20.0 [-20.0, -20.0] | 0.300 | 0.200 | 0.200 |"
+    ]
+
+
+def test_netis_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(neti_emoji, "RESULTS", tmp_path / "results.jsonl")
+
+    def cell(wanted, curve, kept=()):
+        points = [(step, None, value) for step, value in zip(neti_emoji.STEPS, curve, strict=True)]
+        points += [
+            (neti_emoji.STEPS[-1], units, value) for units, value in zip(neti_emoji.TRUNCATIONS, kept, strict=False)
+        ]
+        figures = dict.fromkeys(neti_emoji.FIGURES, 0.0)
+        scores = [{"step": s, "truncation": t} | figures | {"image_similarity": value} for s, t, value in points]
+        return wanted | {"scores": scores}
+
+    rates = {arm: neti_emoji.RATES[0] for arm in neti_emoji.ARMS}
+    rows = [cell(wanted, [1.0 - wanted["learning_rate"]] * 4) for wanted in neti_emoji.sweep()]
+    for i in (0, 1):
+        curves = {"neti": (0.25, 0.5, 0.75, 1.0), "neti without bypass": (0.1, 0.2, 0.3, 0.625)}
+        for arm, curve in curves.items():
+            kept = (0.25, 0.5, 0.75) if arm == "neti" else ()
+            rows.append(cell(neti_emoji.key(arm, "A", i, rates[arm]), curve, kept))
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = neti_emoji.table()
+    assert "| A | neti without bypass | image_similarity | +0.375 | +0.375 to +0.375 |" in table
+    assert "| A | neti without bypass, 300 steps | 150 | 150 to 150 |" in table  # half-way from 100 to 200
+    assert "| A | 16 to all | image_similarity | +0.250 | +0.250 to +0.250 |" in table
+    assert neti_emoji.steps_to(rows[-2], "image_similarity", 2.0) == 300
+    assert neti_emoji.steps_to(rows[-2], "image_similarity", 0.0) == 50

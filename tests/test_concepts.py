@@ -3,6 +3,8 @@
 import json
 import math
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,12 +16,16 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import alignkit
+from alignkit.alignit import alignit
 from alignkit.attention import text_layers
 from alignkit.base import load_base
 from alignkit.concepts import Concepts, Mapper, applied, create, encode_contexts, load, tokenize
@@ -153,6 +159,7 @@ def contexts(base, concept, prompt, t=500.0, **settings):
 
 def test_placeholders_are_found_as_words():
     assert find("a <cat>_1 and <cat>", ["<cat>", "<cat>_1"]) == ["a ", "<cat>_1", " and ", "<cat>", ""]
+    assert find("a <cat>_1, <cat>s", ["<cat>"]) == ["a <cat>_1, ", "<cat>", "s"]
     assert find("things and a thing", ["thing"]) == ["things and a ", "thing", ""]
     assert substitute("a <x>, {braces} and <x>", {"<x>": "dog"}) == "a dog, {braces} and dog"
     assert substitute("a dog", {}) == "a dog"
@@ -187,8 +194,6 @@ def test_written_vectors_are_an_exchange_of_ids(base):
 
 @torch.no_grad()
 def test_the_bypass_acts_on_values_at_the_concept_only(base, concept):
-    from dataclasses import replace
-
     plain = replace(concept, alpha=0.0)
     keys, values = contexts(base, plain, "a <thing> b")
     assert torch.equal(keys, values)
@@ -243,8 +248,25 @@ def noise(number, seed=0):
     return torch.randn(number, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_every_layer_reads_what_the_mapper_says_for_its_name_and_timestep(base, concept):
-    pipe, seen, times = pipeline(base), [], []
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [
+        (DDIMScheduler, 3),
+        (HeunDiscreteScheduler, 5),  # two a step, one in the last
+        (partial(EulerDiscreteScheduler, timestep_spacing="linspace"), 3),  # 999, 499.5 and 0
+        ("img2img", 3),  # of ten steps
+    ],
+    ids=["ddim", "heun", "euler", "img2img"],
+)
+def test_every_layer_reads_what_the_mapper_says_for_its_name_and_timestep(base, concept, scheduler, calls):
+    """F 11, 15: of every call of the network, at the timestep that it is called with."""
+    if scheduler == "img2img":
+        pipe, steps = pipeline(base, StableDiffusionImg2ImgPipeline), 10
+        given = {"image": torch.rand(1, 3, 64, 64), "strength": 0.3}
+    else:
+        pipe, steps, given = pipeline(base), 3, {"height": 64, "width": 64}
+        pipe.scheduler = scheduler()
+    seen, times = [], []
     unet = load_base("sd15", random_init=True, shrink=40).unet  # hooks of its own
     pipe.unet = unet
     inputs = record(unet)
@@ -252,11 +274,12 @@ def test_every_layer_reads_what_the_mapper_says_for_its_name_and_timestep(base, 
     def note(module, args, output):
         times.append(float(args[1]))
         seen.append(dict(inputs))
+        inputs.clear()
 
     unet.register_forward_hook(note)
     with Concepts([concept]).applied(pipe):
-        pipe("a <thing> b", latents=noise(1), **SETTINGS)
-    assert len(times) == 2
+        pipe("a <thing> b", num_inference_steps=steps, output_type="latent", **given)
+    assert len(times) == calls and (scheduler in ("img2img", DDIMScheduler) or 0 in times)
     for t, inputs in zip(times, seen, strict=True):
         with torch.no_grad():
             keys, values = contexts(base, concept, "a <thing> b", t)
@@ -299,27 +322,6 @@ def test_guidance_negative_prompts_and_repetitions(base, concept):
         assert torch.equal(mixed, pipe("a <thing>", negative_prompt="b", **{**call, "latents": noise(1)}).images)
 
 
-@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, EulerDiscreteScheduler])
-def test_any_sampler(base, concept, scheduler):
-    """Second order, and floating-point timesteps: the mapper is asked for those that the network runs at."""
-    pipe, asked, run = pipeline(base, scheduler=scheduler), set(), set()
-    handle = pipe.unet.register_forward_pre_hook(lambda m, args: run.add(float(args[1])))
-
-    class Spy(Mapper):
-        def forward(self, timestep, layer, truncation=None):
-            asked.update(timestep.tolist())
-            return super().forward(timestep, layer, truncation)
-
-    original, concept.module.__class__ = concept.module.__class__, Spy
-    try:
-        with Concepts([concept]).applied(pipe):
-            pipe("a <thing>", **SETTINGS | {"num_inference_steps": 3})
-    finally:
-        concept.module.__class__ = original
-        handle.remove()
-    assert asked == run and len(run) == 3
-
-
 def test_other_stock_pipelines(base, concept):
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     control = ControlNetModel.from_unet(base.unet)
@@ -338,8 +340,10 @@ def test_other_stock_pipelines(base, concept):
 
     for pipe, inputs in cases:
         noun = run(pipe, "a a", inputs)
-        with Concepts([concept]).applied(pipe):
-            assert not torch.allclose(run(pipe, "a <thing>", inputs), noun, atol=1e-4)
+        loaded = Concepts([concept])
+        for use in (loaded.applied(pipe), alignit(pipe, loaded)):
+            with use:
+                assert not torch.allclose(run(pipe, "a <thing>", inputs), noun, atol=1e-4)
         assert torch.equal(run(pipe, "a a", inputs), noun)
     (given, _), *_ = seen.values()
     assert torch.equal(given[1], base.encode_prompt(["a a"])[0])  # the noun, for a reader of one text
@@ -366,6 +370,15 @@ def test_two_concepts_in_one_prompt(base, concept):
     with Concepts([concept]).applied(pipe):
         spelled = pipe("a <thing> and b b", latents=noise(1), **SETTINGS).images
     assert torch.allclose(both, spelled, atol=1e-5)
+    twin = replace(concept, placeholder_token="<twin>")
+    other = replace(twin, module=Mapper(16, concept.widths, concept.norms, hidden_size=16, num_frequencies=32, seed=1))
+    images = []
+    for names, loaded in (
+        ("<thing> <thing>", [concept]), ("<thing> <twin>", [concept, twin]), ("<thing> <twin>", [concept, other]),
+    ):  # fmt: skip
+        with Concepts(loaded).applied(pipe):
+            images.append(pipe(f"a {names}", latents=noise(1), **SETTINGS).images)
+    assert torch.allclose(images[0], images[1], atol=1e-5) and not torch.allclose(images[1], images[2], atol=1e-4)
     with pytest.raises(ValueError, match="Two concepts"), Concepts([concept, concept]).applied(pipe):
         pass
 
@@ -426,6 +439,12 @@ def test_misuse(base, concept):
     other = load_base("sd15", random_init=True, shrink=20)
     with pytest.raises(ValueError, match="another base"), Concepts([concept]).applied(pipeline(other)):
         pass
+    layers = replace(concept, layers=concept.layers[1:])
+    norms = replace(concept, norms=[1.02 * concept.norms[0]])
+    for one, expected in ((layers, "15 layers of text, got 16"), (norms, "'a' to have the norm")):
+        with pytest.raises(ValueError, match=f"another base model: expected {expected}"):
+            one.check(base)
+    replace(concept, norms=[1.001 * concept.norms[0]]).check(base)  # as a half-precision table has it
     for word, problem in (("a", "already"), ("two words", "one word"), ("", "one word")):
         with pytest.raises(ValueError, match=problem):
             create("neti", base, word, "a")
@@ -517,17 +536,65 @@ def test_different_prompts_for_the_two_encoders(sdxl):
             sdxl("a <thing>", prompt_2="a c <thing>", **XL)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+def test_clip_skip(sdxl, aligned):
+    """With the noun's own vector it is the picture of the noun, from an earlier state of the text encoders.
+
+    (Of SD 1.x and 2.x diffusers' own encode_prompt fails with it: transformers 5 has no `text_model` any more.)
+    """
+    plain, skipped = (sdxl("a b c", clip_skip=skip, latents=noise(1), **XL).images for skip in (None, 1))
+    assert not torch.allclose(plain, skipped, atol=1e-4)
+    loaded = Concepts([create("textual_inversion", sdxl, "<x>", "b")])
+    with alignit(sdxl, loaded, source="prompt") if aligned else loaded.applied(sdxl):
+        assert torch.allclose(sdxl("a <x> c", clip_skip=1, latents=noise(1), **XL).images, skipped, atol=1e-5)
+        assert torch.allclose(sdxl("a <x> c", latents=noise(1), **XL).images, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("kind", ["text", "image", "inpainting", "controlnet"])
+def test_pipelines_of_sdxl(sdxl, kind, aligned):
+    """With the noun's own vectors each is what it is with the noun, alone or with AlignIT; with others it is not."""
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    size, parts = {"height": 64, "width": 64}, dict(sdxl.components)
+    cls, given = {
+        "text": (StableDiffusionXLPipeline, size),
+        "image": (StableDiffusionXLImg2ImgPipeline, {"image": image, "strength": 0.5}),
+        "inpainting": (StableDiffusionXLInpaintPipeline, {"image": image, "mask_image": image[:, :1].round()} | size),
+        "controlnet": (StableDiffusionXLControlNetPipeline, {"image": image} | size),
+    }[kind]
+    if kind == "controlnet":
+        parts["controlnet"] = ControlNetModel.from_unet(sdxl.unet)
+    pipe = cls(**parts)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(prompt):
+        generator = torch.Generator().manual_seed(1)
+        return pipe(prompt, generator=generator, num_inference_steps=4, output_type="latent", **given).images
+
+    noun = create("textual_inversion", sdxl, "<x>", "b")
+    other = replace(create("neti", sdxl, "<x>", "b", hidden_size=8, num_frequencies=16), alpha=1.0)
+    plain = run("a b c")
+    for concept, same in ((noun, True), (other, False)):
+        loaded = Concepts([concept])
+        with alignit(pipe, loaded, source="prompt") if aligned else loaded.applied(pipe):
+            assert torch.allclose(run("a <x> c"), plain, atol=1e-4) == same
+    assert torch.equal(run("a b c"), plain)
+
+
 # Files
 
 
 @pytest.mark.parametrize("kind", ["neti", "textual_inversion", "p_plus"])
 def test_a_concept_is_what_it_was(base, tmp_path, kind):
-    settings = {"hidden_size": 16, "num_frequencies": 32} if kind == "neti" else {"num_vectors": 2}
+    # frequencies of a seed that is not the default's: they have to be in the file
+    settings = {"hidden_size": 16, "num_frequencies": 32, "seed": 1} if kind == "neti" else {"num_vectors": 2}
     concept = create(kind, base, "<thing>", "a", **settings)
     with torch.no_grad():
         for parameter in concept.module.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     loaded = load(concept.save(tmp_path / "thing"))
+    other = replace(concept, placeholder_token="<other>").save(tmp_path / "other")
+    assert [c.placeholder_token for c in load(tmp_path / "thing", other).concepts] == ["<thing>", "<other>"]
     state, other = concept.module.state_dict(), loaded.concepts[0].module.state_dict()
     assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
     pipe = pipeline(base)

@@ -105,6 +105,18 @@ def test_accumulation_does_not_matter(config, method):
     assert_same(one, two, tolerance=1e-4)
 
 
+def test_the_prior_takes_part(config):
+    """One update: the loss is the sum, weighted, and the gradient is not that of the instances alone."""
+    runs = {weight: train(config(f"{weight}", max_train_steps=1, prior_loss_weight=weight)) for weight in (0.5, 1.0)}
+    without = train(config("without", max_train_steps=1, with_prior_preservation=False))
+    (half,), (whole,), (alone,) = map(scalars, (runs[0.5], runs[1.0], without))
+    for weight, event in ((0.5, half), (1.0, whole)):
+        assert event["prior_loss"] > 0 and event["instance_loss"] == pytest.approx(alone["loss"], rel=1e-6)
+        assert event["loss"] == pytest.approx(event["instance_loss"] + weight * event["prior_loss"], rel=1e-6)
+    norms = [event["grad_norm"] for event in (alone, half, whole)]
+    assert len({round(norm, 6) for norm in norms}) == 3
+
+
 def test_two_processes_equal_one(config):
     """Custom Diffusion, which trains weights and a token; both processes read the class images that one drew."""
     fields = {"method": "custom_diffusion", "adam_epsilon": 1e-3, "num_class_images": 3}

@@ -258,6 +258,12 @@ def test_every_config_runs_dry_on_random_weights(name, images, capsys):
     assert exit.value.code == 0 and "s a step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_joint_attention_is_refused_with_the_reason(config, tmp_path, family):
+    with pytest.raises(ValueError, match="mix their text with the image in every block"):
+        train(config(pretrained_model_name_or_path=thin(family, tmp_path / "base")))
+
+
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
     return thin("sdxl", tmp_path_factory.mktemp("sdxl"))

@@ -1,18 +1,25 @@
 """Scores of concepts, and the import of the authors' own files."""
 
+import json
 import os
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from transformers import ViTConfig, ViTModel
 
-from alignkit.concepts import load
+from alignkit import evaluate as evaluation
+from alignkit.base import load_base
+from alignkit.concepts import create, load
 from alignkit.concepts.convert import convert_neti
 from alignkit.metrics import image_similarity, paired_bootstrap, scored_text, table, text_similarity
-from alignkit.personalization import evaluate
+from alignkit.personalization import draw_concept, evaluate
+from tests.tiny import save_tiny_model
 
 # Metrics
 
@@ -63,6 +70,55 @@ def test_misuse_of_the_command_fails_before_any_work():
         evaluate(concept=["a"], images=[])
     with pytest.raises(ValueError, match="a CLIP to score with"):
         evaluate(concept=["a"], images=["b"], model="sd15")
+
+
+def test_command(tmp_path, monkeypatch):
+    """Two concepts, from files to figures, pictures and lines: each as drawn and scored alone."""
+    tiny = save_tiny_model(tmp_path / "tiny")
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, **own: load_base(tiny, random_init=True, **own))
+
+    def embed_images(images):
+        return F.normalize(images.mean((2, 3)), dim=-1)
+
+    judge = embed_images, lambda texts: F.normalize(torch.tensor([[len(t), 1.0, 1.0] for t in texts]), dim=-1)
+    monkeypatch.setattr(evaluation, "text_image_judge", lambda path, device: judge)
+    ViTModel(
+        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16,
+                  patch_size=8), add_pooling_layer=False,
+    ).save_pretrained(tmp_path / "dino")  # fmt: skip
+    base, folders, images = load_base(tiny, random_init=True), [], []
+    for seed, word in enumerate(("<one>", "<two>")):
+        concept = create("neti", base, word, "x", hidden_size=8, num_frequencies=16, seed=seed)
+        folders.append(str(concept.save(tmp_path / word.strip("<>"))))
+        (tmp_path / f"images {seed}").mkdir()
+        for i in range(3):
+            pixels = np.random.default_rng(10 * seed + i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"images {seed}" / f"{i}.png")
+        images.append(str(tmp_path / f"images {seed}"))
+    texts = [f"a {{}} {letter}" for letter in "abcdefghi"]  # more than are drawn in one call
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    settings = {"prompts": str(tmp_path / "prompts.txt"), "evaluator": "mine", "model": "tiny", "seeds": 2}
+    settings |= {"num_inference_steps": 1, "dino": str(tmp_path / "dino"), "truncation": 4}
+    lines = tmp_path / "lines.jsonl"
+    rows = evaluate(folders, images, output_dir=str(tmp_path / "grids"), results=str(lines), **settings)
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == rows
+    for row, folder, shown in zip(rows, folders, images, strict=True):
+        drawn = draw_concept(base, load(folder), texts, 2, truncation=4, num_inference_steps=1)
+        real = torch.stack([torch.from_numpy(np.array(Image.open(f"{shown}/{i}.png"))) for i in range(3)])
+        real = real.permute(0, 3, 1, 2) / 255
+        expected = image_similarity(embed_images(drawn), embed_images(real)).mean()
+        assert (row["concept"], row["num_images"], row["truncation"], row["evaluator"]) == (folder, 18, 4, "mine")
+        assert row["image_similarity"] == pytest.approx(float(expected), abs=1e-4) and "identity" not in row
+        told = judge[1]([text.replace("{} ", "") for text in texts for _ in range(2)])
+        expected = text_similarity(embed_images(drawn), told, "textual_inversion").mean()
+        assert row["text_similarity"] == pytest.approx(float(expected), abs=1e-4) and -1 <= row["dino"] <= 1
+        grid = np.array(Image.open(tmp_path / "grids" / f"{folder.rsplit('/')[-1]}.png"))
+        assert grid.shape[0] >= 9 * 16 and grid.shape[1] >= 2 * 16 and grid.std() > 0
+    (again,) = evaluate(folders[1:], images[1:], **settings | {"truncation": None})
+    assert again["truncation"] is None and again["concept"] == folders[1]
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    with pytest.raises(ValueError, match=r"expected \{\} in the placeholder's place"):
+        evaluate(folders, images, **settings)
 
 
 # Import

@@ -17,6 +17,7 @@ Where the authors' code differs from the paper, or has a defect, this is what is
 - The learning rate is what the config says. Theirs is multiplied by batch, accumulation and number of GPUs: 1e-3 there
   is 8e-3 here.
 - Images keep their aspect: the shorter side is scaled, the middle is kept. Theirs are squashed to a square.
+- Images without a caption get one of 15 texts of ours in place of Textual Inversion's 27; there is no list of styles.
 - Everything random has a seed, and nested dropout is drawn for each sample, not once for the batch.
 - Layers are numbered by the names of the modules. A counter, as theirs, gives wrong gradients with checkpointing.
 Ours besides: captions, masks, EMA and learning under AlignIT, all off unless asked for. `alignit: true` is for concepts
@@ -76,6 +77,8 @@ class MapperConfig:
 
 @dataclass
 class Config(DiffusionConfig):
+    learning_rate: float = 8e-3
+    """The paper's 1e-3 as its code applies it, to 8 images an update."""
     method: Literal["neti", "textual_inversion", "p_plus"] = "neti"
     """What is learnt: a mapper, one vector for all layers, or one for each layer."""
     mapper: MapperConfig = field(default_factory=MapperConfig)
@@ -139,10 +142,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the concept and its card."""
     run = Run(cfg, "neti")
     base = run.load_base(hooked=True)
-    base.require_family("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-    if cfg.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    concept = create(
+    concept = create(  # raises for a family whose layers have no text of their own
         cfg.method,
         base,
         cfg.placeholder_token,
@@ -155,6 +155,8 @@ def train(cfg: Config) -> Path:
         **(asdict(cfg.mapper) if cfg.method == "neti" else {}),
     )
     concept.module.to(run.device)
+    if cfg.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
     data = Data(cfg, base, concept)
     if run.is_main:
         print(*data.odd, sep="\n", flush=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.concepts.mapper import Vectors
+from alignkit.data import word_pattern
 
 ROWS_AT_A_TIME = 64  # of text, where no gradient is kept
 CACHE_BYTES = 256 * 2**20  # of contexts that are kept for another call
@@ -63,12 +64,8 @@ def find(prompt: str, placeholders: Sequence[str]) -> list[str]:
     """The prompt in pieces, every second one a placeholder: ["a ", "<thing>", " on a table"]. Longer names first."""
     if not placeholders:
         return [prompt]
-    return re.split(f"({'|'.join(_as_word(name) for name in sorted(placeholders, key=len, reverse=True))})", prompt)
-
-
-def _as_word(name: str) -> str:
-    """A pattern by which "thing" is not found in "things"."""
-    return (r"\b" if name[0].isalnum() else "") + re.escape(name) + (r"\b" if name[-1].isalnum() else "")
+    longest_first = sorted(placeholders, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(word_pattern, longest_first))})", prompt)
 
 
 def substitute(prompt: str, words: Mapping[str, str]) -> str:

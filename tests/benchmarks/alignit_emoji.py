@@ -3,6 +3,7 @@
     python tests/benchmarks/alignit_emoji.py --run                        # the cells that are missing
     python tests/benchmarks/alignit_emoji.py --run --customiser lora --tier A
     python tests/benchmarks/alignit_emoji.py                              # the table of what is there
+    python tests/benchmarks/alignit_emoji.py --leak                       # of what was trained on this machine
 
 A cell trains the concept by its trainer's own command line from five pictures and draws 12 prompts, each with a second
 object, a background and, in half of them, a count, from three seeds, the same noise in every arm:
@@ -17,7 +18,9 @@ object, a background and, in half of them, a count, from three seeds, the same n
 "others" is the share of second objects, backgrounds and counts that are right. "identity" is the mean cosine of the
 identity judge with the concept's pictures; since that judge embeds whole pictures, it is taken of four prompts of its
 own, which ask for the concept alone on a background. A cell costs some five minutes of one idle core; twelve concepts
-of two tiers, two hours a customiser. Concepts are the replicates: intervals are paired bootstraps over them.
+of two tiers, two hours a customiser. Concepts are the replicates: intervals are paired bootstraps over them. The leak
+is the relative change of the other tokens' keys and values against the base's, in a real sampling run of one prompt of
+each concept, mean over layers.
 """
 
 import hashlib
@@ -31,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alignkit import alignment
 from alignkit import concepts as learned_concepts
 from alignkit.alignit import Concept, alignit
 from alignkit.base import load_base
@@ -79,13 +83,16 @@ def noun_of(concept: concepts.EmojiConcept) -> str:
     return concept.sprite.name if concept.tint else concept.sprite.noun
 
 
+def folder_of(customiser: str, tier: str, number: int) -> Path:
+    cell = key(customiser, tier, number)
+    words = f"{customiser} {tier} {cell['concept']} {cell['config']} {cell['world_hash']}"
+    return ROOT / "runs" / "benchmarks" / "alignit" / "_".join(words.replace(",", "").split())
+
+
 def train(customiser: str, tier: str, number: int) -> Path:
     """Trains, or goes on where an earlier call stopped. Returns the folder, ready to be loaded."""
     trainer, config, overrides = CUSTOMISERS[customiser]
-    cell, concept = key(customiser, tier, number), concepts.concepts(tier)[number]
-    words = f"{customiser} {tier} {concept.name} {cell['config']} {cell['world_hash']}"
-    name = "_".join(words.replace(",", "").split())
-    folder = ROOT / "runs" / "benchmarks" / "alignit" / name
+    concept, folder = concepts.concepts(tier)[number], folder_of(customiser, tier, number)
     pictures = concepts.write(concept, folder / "pictures", seed=number)
     command = [sys.executable, f"training/{trainer}.py", "--config", f"configs/{config}.yaml"]
     command += ["--output_dir", str(folder), "--validation_steps", "0", "--report_to", "none"]
@@ -206,15 +213,24 @@ def share_back(rows: np.ndarray) -> float:
     return (aligned - customised) / (base - customised) if base > customised else float("nan")
 
 
+def change(rows: np.ndarray) -> float:
+    """In percent of the first of two columns."""
+    before, after = rows.mean(0)
+    return 100 * (after / before - 1)
+
+
 def table() -> str:
-    """Markdown: a row for each customiser and tier."""
-    current = [cell for cell in cells() if cell["world_hash"] == measure.world_hash()]
-    head = ["customiser", "tier", "concepts", "others: base", "customised", "AlignIT", "oracle", "share back",
-            "identity: customised", "AlignIT", "random rows", "noun's rows"]  # fmt: skip
+    """Markdown: a row for each customiser and tier. What comes back counts where at least 10 points were lost."""
+    done = cells()
+    head = ["customiser", "tier", "concepts", "others: base", "customised", "AlignIT", "oracle", "points lost",
+            "share back", "identity: customised", "AlignIT", "change, %", "oracle", "random rows",
+            "noun's rows"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for customiser in CUSTOMISERS:
         for tier in "AB":
-            own = [c["arms"] for c in current if (c["customiser"], c["tier"]) == (customiser, tier)]
+            wanted = [key(customiser, tier, number) for number in range(NUMBER)]
+            found = [next((cell for cell in done if one.items() <= cell.items()), None) for one in wanted]
+            own = [cell["arms"] for cell in found if cell]
             if not own:
                 continue
 
@@ -223,12 +239,47 @@ def table() -> str:
 
             others = np.array([[c[arm]["others"] for arm in ("base", "customised", "alignit")] for c in own])
             low, high = bootstrap(others, share_back)
+            identity = np.array([[c[arm]["identity"] for arm in ("customised", "alignit")] for c in own])
+            fell, rose = bootstrap(identity, change)
             row = [customiser, tier, str(len(own))]
             row += [mean(arm, "others") for arm in ("base", "customised", "alignit", "oracle")]
+            row += [f"{100 * (others[:, 0] - others[:, 1]).mean():.1f}"]
             row += [f"{share_back(others):.2f} [{low:.2f}, {high:.2f}]"]
             row += [mean(arm, "identity") for arm in ("customised", "alignit")]
+            row += [f"{change(identity):+.1f} [{fell:+.1f}, {rose:+.1f}]", mean("oracle", "identity")]
             row += [mean(f"control, {rows}", "identity") for rows in ("random rows", "noun's rows")]
             lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def leaks(customiser: str, tier: str, number: int) -> dict[str, dict[str, float]]:
+    """Arm -> keys and values -> mean over layers, of a concept that was trained."""
+    base, own = (load_base("emoji").pipeline() for _ in range(2))
+    customized = load(own, folder_of(customiser, tier, number))
+    prompt = asked(concepts.concepts(tier)[number], number)[0]["prompt"]
+    settings = alignment.Settings(seed=number)
+    records = {arm: alignment.record(arm, base, customized, prompt, settings) for arm in alignment.ARMS}
+    rows = alignment.other_rows(base, customized, prompt)
+    found = {arm: alignment.leak(records["base"], records[arm], rows) for arm in ("customised", "alignit")}
+    return {
+        arm: {side: float(np.mean(list(layers.values()))) for side, layers in sides.items()}
+        for arm, sides in found.items()
+    }
+
+
+def leak_table() -> str:
+    """Markdown: the leak before and after, of the concepts that were trained on this machine."""
+    lines = ["| customiser | tier | concepts | keys: customised | AlignIT | values: customised | AlignIT |"]
+    lines += ["|---" * 7 + "|"]
+    for customiser in CUSTOMISERS:
+        for tier in "AB":
+            there = [i for i in range(NUMBER) if (folder_of(customiser, tier, i) / "README.md").exists()]
+            found = [leaks(customiser, tier, number) for number in there]
+            if found:
+                means = [np.mean([f[arm][side] for f in found])
+                         for side in ("keys", "values") for arm in ("customised", "alignit")]  # fmt: skip
+                figures = " | ".join(f"{mean:.4f}" for mean in means)
+                lines.append(f"| {customiser} | {tier} | {len(found)} | {figures} |")
     return "\n".join(lines)
 
 
@@ -237,6 +288,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run the cells that are missing")
     parser.add_argument("--customiser", choices=list(CUSTOMISERS), action="append")
     parser.add_argument("--tier", choices=["A", "B"], action="append")
+    parser.add_argument("--leak", action="store_true", help="measure it instead, half a minute a concept")
     parser.add_argument("--concepts", type=int, default=NUMBER, help="the first so many of each tier")
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
@@ -247,7 +299,7 @@ def main() -> None:
                     wanted = key(customiser, tier, number)
                     if not any(wanted.items() <= cell.items() for cell in cells()):
                         run_cell(customiser, tier, number)
-    print(table())
+    print(leak_table() if args.leak else table())
 
 
 if __name__ == "__main__":
