@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.base import load_base
 from alignkit.controlnet import load_controlnet, new_controlnet, save_controlnet
-from tests.test_families import thin
 from tests.original_names import unet_key
+from tests.test_families import thin
 
 OWN = [
     (r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0"),
@@ -29,8 +29,9 @@ def original_name(key: str) -> str:
     return unet_key(key, layers=1)
 
 
-def test_a_single_file_in_either_names_is_the_same_controlnet(tmp_path):
-    base = load_base(thin("sd15", tmp_path / "sd15"), random_init=True, shrink=40)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_single_file_in_either_names_is_the_same_controlnet(name, tmp_path):
+    base = load_base(thin(name, tmp_path / name), random_init=True, shrink=40)
     made = new_controlnet(base.unet, base.vae_scale_factor)
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
