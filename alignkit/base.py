@@ -464,7 +464,7 @@ def _holds(keys: Iterable[str], pattern: str) -> bool:
 
 
 def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str) -> DiffusionPipeline:
-    keys = load_tensors(path).keys()
+    keys = list(load_tensors(path))  # without the tensors, which diffusers reads again
     own = _family_of_file(path, keys)
     if own is not family:
         raise ValueError(
