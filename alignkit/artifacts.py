@@ -33,6 +33,7 @@ LICENSES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "other",  # their own, not for every use
     "black-forest-labs/FLUX.1-dev": "other",
 }
+SAFE_NAMES = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}  # of a pickle and its successor
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -370,12 +371,17 @@ def read_pretrained(cls: Any, path: str | os.PathLike, unused: Sequence[str] = (
 
     transformers fills what is missing with random numbers, and only warns. ValueError where it would, or where a shape
     is not the config's; it names the weight. What the file has beside the model's weights does not matter: it may be of
-    a whole of which the model is a part. `unused`: patterns of weights that the caller has no use of.
+    a whole of which the model is a part. `unused`: patterns of weights that the caller has no use of. OSError where
+    there is no such model, ValueError for one whose weights are a pickle, with the command that rewrites it.
     """
-    model, info = cls.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
     where = Path(path, options.get("subfolder", ""))
+    try:
+        model, info = cls.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except OSError:
+        refuse_pickles(where)
+        raise
     if info["mismatched_keys"]:
         key, got, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{where} does not fit its config.json: expected {key} of {list(expected)}, got {list(got)}")
@@ -383,6 +389,18 @@ def read_pretrained(cls: Any, path: str | os.PathLike, unused: Sequence[str] = (
     if missing:
         raise ValueError(f"{where} is incomplete, it lacks {_some(sorted(missing))}")
     return model
+
+
+def refuse_pickles(folder: str | os.PathLike) -> None:
+    """ValueError for a folder whose weights are pickles alone, with the command that rewrites one; nothing is read."""
+    files = [file for file in sorted(Path(folder).glob("*")) if file.suffix in PICKLES]
+    files.sort(key=lambda file: "model" not in file.name)  # first: others are what a training left, as optimizer.pt
+    if files and not any(Path(folder).glob("*.safetensors")):
+        target = files[0].with_name(SAFE_NAMES.get(files[0].stem, files[0].stem)).with_suffix(".safetensors")
+        raise ValueError(
+            f"{folder} has its weights in {files[0].name} alone, and reading a pickle can run anything. Rewrite it: "
+            f"alignkit convert checkpoint --source {files[0]} --target {target}"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -404,12 +404,12 @@ def add_lora(
 def _from_pretrained(
     path: str, family: Family, dtype: torch.dtype, quantization: str | PipelineQuantizationConfig
 ) -> DiffusionPipeline:
-    options = family.options | {"dtype": dtype, "use_safetensors": True}
+    left_out = _left_out(family, path)
+    options = family.options | left_out | {"dtype": dtype, "use_safetensors": True}
     if isinstance(quantization, PipelineQuantizationConfig):  # of any part
         return family.pipeline.from_pretrained(path, quantization_config=quantization, **options)
-    index = family.pipeline.load_config(path)
     for name, cls in family.components.items():
-        if name.startswith("text_encoder") and index.get(name, (None,))[0]:  # SD3 is published without T5, too
+        if name.startswith("text_encoder") and name not in left_out:
             options[name] = read_pretrained(cls, path, subfolder=name, dtype=dtype)
     if quantization == "no":
         return family.pipeline.from_pretrained(path, **options)
@@ -418,6 +418,12 @@ def _from_pretrained(
         return family.pipeline.from_pretrained(path, quantization_config=config, **options)
     except (ImportError, RuntimeError) as error:  # where a library or a device is missing
         raise ValueError(f"quantization {quantization} is not possible here: {error}") from error
+
+
+def _left_out(family: Family, path: str) -> dict[str, None]:
+    """The parts of which a model's index says that there is none: SD3 is published without T5, too."""
+    index = family.pipeline.load_config(path)
+    return {name: None for name in family.components if index.get(name, ("",))[0] is None}
 
 
 def _quantization(name: str, family: Family, dtype: torch.dtype) -> PipelineQuantizationConfig:
@@ -458,15 +464,14 @@ def _holds(keys: Iterable[str], pattern: str) -> bool:
 
 
 def _from_single_file(path: str, family: Family, dtype: torch.dtype, config: str) -> DiffusionPipeline:
-    keys = load_tensors(path).keys()
+    keys = list(load_tensors(path))  # without the tensors, which diffusers reads again
     own = _family_of_file(path, keys)
     if own is not family:
         raise ValueError(
             f"{path} is of the family {own.label}, and its config {config} of {family.label}: name the folder or Hub "
             "name that goes with it as config (base_config)."
         )
-    index = family.pipeline.load_config(config)
-    parts = {name: None for name in family.components if index.get(name, ("",))[0] is None}
+    parts = _left_out(family, config)
     for name, pattern in family.single_file.items():
         if name not in parts and not _holds(keys, pattern):
             parts[name] = _absent_part(family, name, path, config, dtype)

@@ -30,6 +30,7 @@ def doctor() -> None:
 def generate(
     prompt: str,
     model: str = "emoji",
+    base_config: str | None = None,
     lora: Sequence[str] = (),
     controlnet: str | None = None,
     control_image: str | None = None,
@@ -62,7 +63,9 @@ def generate(
 
     Args:
         prompt: What to draw.
-        model: Base model: "emoji", a folder in diffusers format, or a name on the Hub.
+        model: Base model: "emoji", a folder in diffusers format, a name on the Hub, or a .safetensors file.
+        base_config: Of a base model that is a .safetensors file: the diffusers folder or Hub name whose configs and
+            tokenizers go with it, and whose weights fill what it lacks; the Hub's original unless given.
         lora: Folder or safetensors file of a LoRA, or LORA=WEIGHT, or NAME=LORA=WEIGHT.
         controlnet: Folder or Hub name of a ControlNet.
         control_image: Picture for the ControlNet, as it was trained to see it.
@@ -114,9 +117,8 @@ def generate(
             f"offload needs a GPU, to which it brings the model's parts from the CPU's memory; here it is drawn on "
             f"{device}{'' if torch.accelerator.is_available() else ', and there is no GPU'}. Leave offload at none."
         )
-    base = load_base(
-        model, device=device if offload == "none" else "cpu", dtype=getattr(torch, dtype), quantization=quantization
-    )
+    place = device if offload == "none" else "cpu"
+    base = load_base(model, device=place, dtype=getattr(torch, dtype), config=base_config, quantization=quantization)
     height, width = base.image_size(height, width)
     loras = _named_loras(lora)
     picture = None if control_image is None else Image.open(control_image).convert("RGB")
@@ -253,7 +255,8 @@ def convert_lora(folder: str, out: str, format: Literal["kohya", "diffusers"] = 
         folder: Folder or safetensors file of the LoRA, in either's names.
         out: The .safetensors file to write (kohya), or the folder to put it in (diffusers).
         format: Whose names to write.
-        model: The base it was made for: "emoji", sd15, sd21, sdxl, flux, a folder in diffusers format, a Hub name.
+        model: The base it was made for: "emoji", sd15, sd21, sdxl, flux, a folder in diffusers format, a Hub name. Only
+            its configs are read, so of a base that is one file it is the base_config.
     """
     from alignkit.lora_formats import convert_lora
 
@@ -263,7 +266,11 @@ def convert_lora(folder: str, out: str, format: Literal["kohya", "diffusers"] = 
 
 
 def mix(
-    lora: Sequence[str], output_dir: str, model: str = "emoji", how: Literal["updates", "factors"] = "updates"
+    lora: Sequence[str],
+    output_dir: str,
+    model: str = "emoji",
+    how: Literal["updates", "factors"] = "updates",
+    base_config: str | None = None,
 ) -> None:
     """Mix LoRAs of one base into one file.
 
@@ -272,6 +279,7 @@ def mix(
         output_dir: Folder of the mixture.
         model: The base model they were made for.
         how: "updates" sums the updates of the weights, exactly; "factors" mixes as AlignProp's first code does.
+        base_config: Of a base model that is a .safetensors file, as in generate.
     """
     from alignkit.artifacts import mix_lora_factors, mix_loras
     from alignkit.base import load_base
@@ -279,7 +287,8 @@ def mix(
     loras = dict(map(_split_weight, lora))
     if not loras or len(loras) < len(lora):
         raise ValueError(f"expected LoRAs, each once, got {list(lora)}.")
-    print((mix_loras if how == "updates" else mix_lora_factors)(output_dir, load_base(model).network, loras))
+    network = load_base(model, config=base_config).network
+    print((mix_loras if how == "updates" else mix_lora_factors)(output_dir, network, loras))
 
 
 COMMANDS: dict[str, Callable | dict] = {

@@ -50,6 +50,7 @@ Lora = str | Path | tuple[str | Path, float]
 def compose(
     pipe: Any,
     *,
+    base_config: str | None = None,
     loras: Mapping[str, Lora] | None = None,
     controlnet: Any = None,
     concepts: Sequence[Any] = (),
@@ -59,6 +60,7 @@ def compose(
 
     pipe: a stock diffusers pipeline, or a base model as `load_base` takes it. What is loaded is loaded into its
         modules; outside of calls it draws what it drew before, and `Composed.unload` gives it back.
+    base_config: of a base model that is a .safetensors file, `config` of `load_base`.
     loras: files or folders by names of yours, or (file, weight). They are styles: part of the base.
     controlnet: a folder or Hub name, a loaded ControlNet, or a list of these.
     concepts: folders of `training/neti.py` or `training/customize.py`, or a dict with the arguments of
@@ -72,7 +74,9 @@ def compose(
     the pipeline is as it was then.
     """
     if isinstance(pipe, (str, Path)):
-        pipe = load_base(str(pipe))
+        pipe = load_base(str(pipe), config=base_config)
+    elif base_config is not None:
+        raise ValueError(f"base_config goes with the name of a .safetensors file, got a {type(pipe).__name__}.")
     if isinstance(pipe, Base):
         pipe = pipe.pipeline()
     composed = Composed(pipe, alignit)

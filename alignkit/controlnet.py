@@ -25,12 +25,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_controlnet_checkpoint
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from alignkit.artifacts import atomic, load_tensors, save_tensors
+from alignkit.artifacts import atomic, load_tensors, refuse_pickles, save_tensors
 from alignkit.base import Base, require_finite
 from alignkit.config import differences
 from alignkit.emoji import resolve
@@ -140,6 +140,7 @@ def load_controlnet(path: str, network: nn.Module, vae_scale_factor: int) -> nn.
             path, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
+        refuse_pickles(path)
         raise ValueError(f"{path}: expected {WEIGHTS}: {str(error).strip().splitlines()[0]}") from error
     wrong = {what: list(keys) for what, keys in info.items() if keys}
     if wrong:
@@ -156,7 +157,12 @@ def _from_single_file(path: str, network: nn.Module, vae_scale_factor: int) -> C
             "many blocks the ControlNet has"
         )
     controlnet = new_controlnet(network, vae_scale_factor)
-    weights = convert_controlnet_checkpoint(load_tensors(path), controlnet.config)
+    tensors = load_tensors(path)
+    weights = convert_controlnet_checkpoint(dict(tensors), controlnet.config)
+    for name, original in DIFFUSERS_TO_LDM_MAPPING["controlnet"]["addition_embed_type"].items():
+        for key in (original, f"control_model.{original}"):
+            if key in tensors:  # SDXL's, which diffusers leaves out
+                weights[name] = tensors[key]
     weights = {key: tensor.float() for key, tensor in weights.items() if tensor is not None}
     expected = {key: list(tensor.shape) for key, tensor in controlnet.state_dict().items()}
     wrong = differences(expected, {key: list(tensor.shape) for key, tensor in weights.items()})

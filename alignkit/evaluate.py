@@ -167,6 +167,7 @@ def controllability(
     condition: str = "segmentation",
     evaluator: str | None = None,
     base: str = "emoji",
+    base_config: str | None = None,
     data_dir: str = "emoji",
     clip: str | None = None,
     condition_args: dict[str, Any] | None = None,
@@ -194,7 +195,8 @@ def controllability(
         controlnet: Folder or Hub name of a ControlNet.
         condition: segmentation, depth, softedge, lineart, canny, or package.module:Class.
         evaluator: The condition's model; the emoji world's evaluator unless told. Never the one of the training.
-        base: Base model.
+        base: Base model: "emoji", a folder in diffusers format, a name on the Hub, or a .safetensors file.
+        base_config: Of a base model that is a .safetensors file: the folder or Hub name of its configs.
         data_dir: "emoji" for fresh scenes, or a folder with metadata.jsonl.
         clip: Of the text-image score and of the features of KID and diversity; the emoji world's evaluator unless told.
         condition_args: How the control is shown and compared, such as {"palette": "colours.json"} or {"sigma": 1.5};
@@ -234,7 +236,7 @@ def controllability(
     judge = build_condition(condition, evaluator=True, **condition_args, **model).to(device)
     data = open_controls(data_dir, judge, condition_column)
     encoder = ClipEncoder(resolve(clip)).to(device)
-    loaded = load_base(base, device=device, dtype=getattr(torch, dtype))
+    loaded = load_base(base, device=device, dtype=getattr(torch, dtype), config=base_config)
     size = loaded.image_size(resolution, resolution)
     number = number if data.size is None else min(number, data.size)
     prompts, real, targets = first_examples(data, judge, number, size, device)
@@ -359,6 +361,7 @@ def alignment(
     prompts: str,
     images: str,
     model: str = "emoji",
+    base_config: str | None = None,
     phrase: str | None = None,
     class_noun: str | None = None,
     clip: str | None = None,
@@ -380,7 +383,8 @@ def alignment(
         concept: Folder of training/customize.py or training/neti.py, or a file of others (alignkit.customized.load).
         prompts: Prompt file with {} in the concept's place, such as "a {} and a rose".
         images: Folder of the concept's pictures.
-        model: Base model: "emoji", a folder in diffusers format, or a name on the Hub.
+        model: Base model: "emoji", a folder in diffusers format, a name on the Hub, or a .safetensors file.
+        base_config: Of a base model that is a .safetensors file: the folder or Hub name of its configs.
         phrase: What prompts call the concept, where the file does not say it.
         class_noun: What it is, where the file does not say it.
         clip: The judge, a CLIP; the emoji world's evaluator unless told.
@@ -407,7 +411,7 @@ def alignment(
         raise ValueError(f"{prompts}: expected one {{}} for the concept in every prompt, got {wrong[0]!r}.")
     if clip is None and model != "emoji":
         raise ValueError("clip: expected a folder or Hub name of a CLIP; only the emoji world has a judge of its own.")
-    options = {"device": pick_device(device), "dtype": getattr(torch, dtype)}
+    options = {"device": pick_device(device), "dtype": getattr(torch, dtype), "config": base_config}
     base = load_base(model, **options).pipeline()
     customized = load(load_base(model, **options).pipeline(), concept, phrase, class_noun)
     settings = parts.Settings(num_inference_steps, guidance_scale, seed, images_per_prompt)
@@ -473,6 +477,7 @@ def manipulation(
     prompt: str,
     source: Sequence[str] = (),
     model: str = "emoji",
+    base_config: str | None = None,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
     seed: int = 0,
@@ -484,7 +489,8 @@ def manipulation(
     Args:
         prompt: With {} in the place of the word.
         source: A word; the words need equally many tokens.
-        model: Base model.
+        model: Base model: "emoji", a folder in diffusers format, a name on the Hub, or a .safetensors file.
+        base_config: Of a base model that is a .safetensors file: the folder or Hub name of its configs.
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
         seed: Of the noise, the same in all pictures.
@@ -502,7 +508,7 @@ def manipulation(
             f"Expected a prompt with one {{}} and at least two sources, got {prompt!r} and {list(source)}."
         )
     settings = parts.Settings(num_inference_steps, guidance_scale, seed)
-    pipe = load_base(model, device=pick_device(device)).pipeline()
+    pipe = load_base(model, device=pick_device(device), config=base_config).pipeline()
     images = parts.manipulation(pipe, prompt, source, settings)
     pictures = numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
     with atomic(output) as temporary:

@@ -51,7 +51,8 @@ def build_named(name: str, table: Mapping[str, str], parent: type[T], args: Mapp
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{name}: {said} Its args name a folder, a file, or a model of the Hub, which needs a network or `hf "
-            "download OWNER/NAME` before; to try a config without it, name another one on the command line."
+            "download OWNER/NAME` before, in safetensors (`alignkit convert checkpoint` rewrites a pickle). "
+            "To try a config without it, name another one on the command line."
         ) from error
 
 

@@ -25,6 +25,7 @@ def evaluate(
     concept: Sequence[str],
     images: Sequence[str],
     model: str = "emoji",
+    base_config: str | None = None,
     protocol: Literal["textual_inversion", "custom_concept101"] = "textual_inversion",
     evaluator: str | None = None,
     dino: str | None = None,
@@ -43,7 +44,8 @@ def evaluate(
     Args:
         concept: Folder of a concept.
         images: Folder of real images of a concept, in the order of the concepts.
-        model: Base model.
+        model: Base model: "emoji", a folder in diffusers format, a name on the Hub, or a .safetensors file.
+        base_config: Of a base model that is a .safetensors file: the folder or Hub name of its configs.
         protocol: Of Textual Inversion (cosines, the placeholder deleted from the text) or of CustomConcept101
             (CLIPScore, the class in its place). Their text scores do not compare, and are never shown in one table.
         evaluator: CLIP to score with: a folder or Hub name. On the emoji world, its own evaluator unless told, which
@@ -77,7 +79,7 @@ def evaluate(
         raise ValueError(f"prompts: expected {{}} in the placeholder's place in every line of {prompts}.")
     loaded = [load(path) for path in concept]
     device = pick_device(device)
-    base = load_base(model, device=device, dtype=getattr(torch, dtype))
+    base = load_base(model, device=device, dtype=getattr(torch, dtype), config=base_config)
     for one in loaded:
         one.concepts[0].check(base)
     scorer, rows = _Scorer(evaluator, dino, device), []

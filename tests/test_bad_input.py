@@ -21,8 +21,9 @@ from alignkit.personalization import draw_concept
 from alignkit.rewards import build_reward
 from alignkit.rewards.aesthetic import load_head
 from alignkit.run import Run
+from tests.test_families import thin
 from tests.tiny import save_tiny_model
-from tests.tiny_models import owlvit, siglip
+from tests.tiny_models import open_clip, owlvit, siglip
 from tests.toy import toy_config, toy_params
 from tests.toy_rewards import Red
 
@@ -59,6 +60,34 @@ def test_a_base_with_missing_weights_is_refused_by_their_names(saved, part, key)
         load_base(str(saved))
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "open_clip_pytorch_model.bin"])
+def test_a_reward_whose_weights_are_a_pickle_says_how_to_rewrite_them(name, tmp_path):
+    if name == "pytorch_model.bin":
+        args = {"model": siglip(tmp_path / "folder")}
+    else:
+        args = {"model": open_clip(tmp_path / "folder")[0]}
+    build_reward("alignment", **args)
+    (safe,) = (tmp_path / "folder").glob("*.safetensors")
+    torch.save(load_file(safe), tmp_path / "folder" / name)
+    torch.save({}, tmp_path / "folder" / "optimizer.pt")
+    safe.unlink()
+    with pytest.raises(ValueError, match=f"its weights in {name} alone.* can run anything. Rewrite it: ") as error:
+        build_reward("alignment", **args)
+    main(str(error.value).partition("Rewrite it: alignkit ")[2].split())
+    build_reward("alignment", **args)
+
+
+def test_open_clips_model_of_the_hub_whose_weights_are_a_pickle(tmp_path, monkeypatch):
+    def download(filename: str, **where) -> str:
+        if filename.endswith(".safetensors"):
+            raise FileNotFoundError
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
+    with pytest.raises(ValueError, match="hf-hub:owner/name has its weights in .*bin alone.* local-dir:FOLDER"):
+        build_reward("alignment", model="hf-hub:owner/name")
+
+
 @pytest.mark.parametrize(("write", "reward"), [(siglip, "alignment"), (owlvit, "object_presence")])
 def test_a_reward_with_missing_or_other_weights_is_refused_by_their_names(write, reward, tmp_path):
     args = {"model": write(tmp_path)} | ({"object": "cat"} if reward == "object_presence" else {})
@@ -75,6 +104,12 @@ def test_a_reward_with_missing_or_other_weights_is_refused_by_their_names(write,
         save_file(changed, path, {"format": "pt"})
         with pytest.raises(ValueError, match=message):
             build_reward(reward, **args)
+
+
+def test_a_model_that_sees_a_picture_beside_the_noise_is_refused(tmp_path):
+    """As SD 1.5's for inpainting, which some save as a StableDiffusionPipeline."""
+    with pytest.raises(ValueError, match="reads 9 channels and gives 4: it is a model for inpainting"):
+        load_base(thin("sd15", tmp_path, in_channels=9), random_init=True, shrink=40)
 
 
 def test_weights_of_another_shape_are_refused_by_name(saved):

@@ -219,9 +219,9 @@ def test_netis_tables(tmp_path, monkeypatch):
     rows = [cell(wanted, [1.0 - wanted["learning_rate"]] * 4) for wanted in neti_emoji.sweep()]
     for i in (0, 1):
         curves = {"neti": (0.25, 0.5, 0.75, 1.0), "neti without bypass": (0.1, 0.2, 0.3, 0.625)}
-        for arm, curve in curves.items():
+        for arm, values in curves.items():
             kept = (0.25, 0.5, 0.75) if arm == "neti" else ()
-            rows.append(cell(neti_emoji.key(arm, "A", i, rates[arm]), curve, kept))
+            rows.append(cell(neti_emoji.key(arm, "A", i, rates[arm]), values, kept))
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = neti_emoji.table()
     assert "| A | neti without bypass | image_similarity | +0.375 | +0.375 to +0.375 |" in table

@@ -29,8 +29,9 @@ def original_name(key: str) -> str:
     return unet_key(key, layers=1)
 
 
-def test_a_single_file_in_either_names_is_the_same_controlnet(tmp_path):
-    base = load_base(thin("sd15", tmp_path / "sd15"), random_init=True, shrink=40)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_single_file_in_either_names_is_the_same_controlnet(name, tmp_path):
+    base = load_base(thin(name, tmp_path / name), random_init=True, shrink=40)
     made = new_controlnet(base.unet, base.vae_scale_factor)
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():

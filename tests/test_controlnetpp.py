@@ -396,6 +396,9 @@ def test_a_controlnet_that_does_not_fit_is_refused(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="No ControlNet 'nowhere'"):
         load_controlnet("nowhere", base.unet, 2)
     (tmp_path / "fits" / WEIGHTS).rename(tmp_path / "fits" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="--target .*diffusion_pytorch_model.safetensors"):
+        load_controlnet(str(tmp_path / "fits"), base.unet, 2)
+    (tmp_path / "fits" / "diffusion_pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="expected diffusion_pytorch_model.safetensors"):
         load_controlnet(str(tmp_path / "fits"), base.unet, 2)
     controlnet.conv_in.bias.data[0] = math.nan

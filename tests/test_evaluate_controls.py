@@ -43,7 +43,7 @@ def test_image_scores_by_hand():
 
 def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
     base = load_base("emoji", random_init=True, shrink=8)
-    monkeypatch.setattr("alignkit.base.load_base", lambda name, device, dtype: base)
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, **options: base)
     save_controlnet(tmp_path / "controlnet", new_controlnet(base.unet, base.vae_scale_factor))
     results = tmp_path / "results.jsonl"
     rows = evaluate.controllability(

@@ -143,6 +143,26 @@ def test_a_vae_that_overflows_in_float16_stays_float32(folders):
     assert tiny(folders["sdxl"], dtype=torch.bfloat16).vae.dtype == torch.bfloat16
 
 
+def test_sd3_is_published_without_t5_too(folders, tmp_path):
+    """Zeros stand in its place, as in the stock pipeline; prompts are as long as CLIP reads."""
+    whole = tiny(folders["sd3"]).pipeline()
+    whole.register_modules(text_encoder_3=None, tokenizer_3=None)
+    whole.save_pretrained(tmp_path / "sd3")
+    base = load_base(str(tmp_path / "sd3"))
+    assert base.pipe.text_encoder_3 is None
+    embeds, _, pooled, _ = whole.encode_prompt(["a cat"], None, None, do_classifier_free_guidance=False)
+    condition = base.condition(["a cat"])
+    assert torch.equal(condition["encoder_hidden_states"], embeds)
+    assert torch.equal(condition["pooled_projections"], pooled)
+    assert not embeds[:, 77:].any()
+    with pytest.raises(ValueError, match="reads 77 tokens, this one has 102"):
+        base.check_prompts(["a" * 100])
+    pipe = base.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("a cat", num_inference_steps=1, guidance_scale=1.0, height=32, width=32, output_type="pt").images
+    assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_stock_pipelines_draw_in_float16(name, folders):
     """Their latents are halves and the VAE is not."""

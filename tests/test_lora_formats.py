@@ -26,10 +26,10 @@ ENDS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     """Configs of one layer where the models have many, at a fortieth of their widths."""
-    folders = {name: thin(name, tmp_path_factory.mktemp(name)) for name in ("sd15", "sdxl", "sd3")}
+    folders = {name: thin(name, tmp_path_factory.mktemp(name)) for name in ("sd15", "sd21", "sdxl", "sd3")}
     # Stock diffusers reads the single blocks of FLUX at their published width alone: they have a test of their own.
     folders["flux"] = thin("flux", tmp_path_factory.mktemp("flux"), num_single_layers=0)
-    for name in ("sd15", "sdxl", "flux"):
+    for name in ("sd15", "sd21", "sdxl", "flux"):
         pipe = load_base(folders[name], random_init=True, shrink=40).pipe
         for part, model in pipe.components.items():
             if isinstance(model, torch.nn.Module):
@@ -90,7 +90,7 @@ def assert_updates(one, two) -> None:
         torch.testing.assert_close(update, two[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "flux"])
 @pytest.mark.parametrize("alpha", [None, 6.0])
 def test_stock_diffusers_reads_the_same_updates_from_kohyas_names_and_back(name, alpha, folders, tmp_path):
     pipe = pipeline(folders[name])

@@ -1,15 +1,21 @@
 """Base models from one .safetensors file, with the configs of a local folder."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import alignkit
+from alignkit import cli, evaluate, personalization
 from alignkit.base import load_base
 from tests.original_names import single_file
 from tests.test_families import NAMES, SHRINK, thin
@@ -186,3 +192,74 @@ def test_a_file_of_something_else_is_refused_by_its_keys(key, config, model, tmp
 def test_a_file_and_a_config_of_two_families(name, model, tmp_path):
     with pytest.raises(ValueError, match=r"is of the family SD 1.x.*, and its config .* of .*: name the folder"):
         load_base(str(model[1] / "model.safetensors"), config=thin(name, tmp_path))
+
+
+COMMANDS = {
+    "generate": lambda **base: cli.generate("a cat", **base),
+    "mix": lambda **base: cli.mix(["a=1"], "mixture", **base),
+    "controllability": lambda model, base_config: evaluate.controllability(base=model, base_config=base_config),
+    "alignment": lambda **base: evaluate.alignment("concept", "prompts.txt", "images", clip="clip", **base),
+    "manipulation": lambda **base: evaluate.manipulation("a {}", ["cat", "dog"], **base),
+    "personalization": lambda **base: personalization.evaluate(
+        ["emoji/examples/neti"], ["images"], evaluator="clip", **base
+    ),
+    "compose": lambda model, base_config: alignkit.compose(model, base_config=base_config),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_takes_a_base_takes_its_config(command, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def spy(name, *, config=None, **options):
+        raise Asked(name, config)
+
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a {}\n")
+    monkeypatch.setattr("alignkit.base.load_base", spy)
+    monkeypatch.setattr("alignkit.composed.load_base", spy)
+    with pytest.raises(Asked) as asked:
+        COMMANDS[command](model="model.safetensors", base_config="configs")
+    assert asked.value.args == ("model.safetensors", "configs")
+
+
+def test_a_picture_of_a_file_is_drawn_again_by_its_settings(model, tmp_path):
+    _, folder = model
+    call = {"prompt": "a cat", "num_inference_steps": 1, "height": 64, "width": 64, "output_dir": str(tmp_path)}
+    of_folder = cli.generate(model=str(folder / "whole"), **call)
+    of_file = cli.generate(model=str(folder / "model.safetensors"), base_config=str(folder / "bare"), **call)
+    again = cli.generate(**alignkit.read_settings(of_file[0]), output_dir=str(tmp_path / "again"))
+    pictures = [Image.open(paths[0]) for paths in (of_folder, of_file, again)]
+    assert pictures[0].getextrema() != ((0, 0),) * 3
+    assert all(ImageChops.difference(pictures[0], one).getbbox() is None for one in pictures[1:])
+    with pytest.raises(ValueError, match="base_config goes with the name of a .safetensors file, got a Base"):
+        alignkit.compose(model[0], base_config=str(folder))
+
+
+def test_a_name_on_the_hub(model, tmp_path):
+    """A model in the cache that `hf download owner/name` leaves: as the base, and as the config of a file."""
+    _, folder = model
+    repository = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(folder / "whole", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if k.startswith("model.")}, tmp_path / "unet.safetensors")
+    code = """
+import torch
+from alignkit.base import load_base
+of_hub, of_file = load_base("owner/name"), load_base("unet.safetensors", config="owner/name")
+for name in ("unet", "vae", "text_encoder"):
+    one, two = getattr(of_hub, name).state_dict(), getattr(of_file, name).state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+try:
+    load_base("owner/other")
+    raise AssertionError
+except FileNotFoundError as error:
+    assert "No base model 'owner/other'" in str(error)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(alignkit.__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

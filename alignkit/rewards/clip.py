@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from alignkit import plan
-from alignkit.artifacts import load_tensors, read_pretrained
+from alignkit.artifacts import load_tensors, read_pretrained, refuse_pickles
 from alignkit.rewards.reward import frozen
 
 # In configs older than 2023 the end-of-text id is a wrong 2, which transformers reads as the highest id of the prompt.
@@ -170,6 +171,7 @@ class OpenClipEncoder(Encoder):
         super().__init__()
         try:
             import open_clip
+            from open_clip.pretrained import download_pretrained_from_hf
         except ImportError as error:
             raise ValueError(f"{model} needs the package open_clip_torch: pip install alignkit[rewards].") from error
 
@@ -178,6 +180,15 @@ class OpenClipEncoder(Encoder):
             raise ValueError(
                 f"expected weights (a .safetensors file) with open_clip:ARCHITECTURE and with nothing else, got the "
                 f"model {model!r} and the weights {weights!r}."
+            )
+        where, _, place = name.partition(":")
+        if where == "local-dir":
+            refuse_pickles(place)
+        elif where == "hf-hub" and not str(file := download_pretrained_from_hf(place)).endswith(".safetensors"):
+            raise ValueError(
+                f"{model} has its weights in {Path(file).name} alone, and reading a pickle can run anything. Rewrite "
+                f"it (alignkit convert checkpoint --source {file} --target open_clip_model.safetensors), put "
+                "open_clip_config.json beside it, and name the folder as local-dir:FOLDER."
             )
         state_dict = load_tensors(weights) if weights else None
         # None of the parts' own pretrained weights: they would be downloaded, to be overwritten.
