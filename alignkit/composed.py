@@ -319,13 +319,15 @@ class Composed:
             search = RewardSearch(self._score(reward, told, count, columns), best_of, as_ascent(ascent), reward_scale)
             search.check(self.pipe, reward, options)
         options |= self._control(control_image, options)
+        drawn: dict[str, Any] = {}
         if refine is not None:
             if prompt is None:
                 raise ValueError("refine rewrites prompts, and there is none: prompt_embeds are drawn as they are.")
             refiner = build_refiner(refine)
             texts = [refined(refiner, one, list(self.concepts)) for one in asked]
             prompt = texts[0] if isinstance(prompt, str) else texts
-        drawn: dict[str, Any] = {"prompts": [one for one in _listed(prompt, options) for _ in range(count)]}
+            drawn["base_prompts"] = [one for one in asked for _ in range(count)]
+        drawn["prompts"] = [one for one in _listed(prompt, options) for _ in range(count)]
         with self.applied(alignit=alignit, lora_scale=lora_scale, truncation=truncation) as pipe:
             output_type = options.pop("output_type", "pil")
             if reward is not None:
@@ -454,13 +456,14 @@ class Composed:
 class Drawn(BaseOutput):
     """What a call of `Composed` returns.
 
-    images: as the stock pipeline has them. prompts: as they were drawn, one an image. seeds, rewards [B]: of the images
-    that are returned, where there are any.
+    images: as the stock pipeline has them. prompts: as they were drawn, one an image. base_prompts: what they were
+    before `refine`. seeds, rewards [B]: of the images that are returned, where there are any.
     """
 
     images: Any
     nsfw_content_detected: list[bool] | None = None
     prompts: list[str] | None = None
+    base_prompts: list[str] | None = None
     seeds: list[int] | None = None
     rewards: Tensor | None = None
 

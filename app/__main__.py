@@ -29,13 +29,24 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("The page needs Gradio: pip install -e '.[app]'")
     from app import page
 
-    places = {base: Path(base) for base in options.base or ["emoji"]}
-    bases = {p.name if p.exists() else base: str(p.resolve()) if p.exists() else base for base, p in places.items()}
     try:
+        bases = named(options.base or ["emoji"])
         demo = page.build(options.folder, bases, options.safety_checker)
         page.launch(demo, options.folder, options.host, options.port, options.password)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def named(bases: list[str]) -> dict[str, str]:
+    """Bases by the names that the page has for them: a folder's own, a Hub name."""
+    found: dict[str, str] = {}
+    for base in bases:
+        path = Path(base).resolve()
+        name, place = (path.name, str(path)) if path.exists() else (base, base)
+        if found.get(name, place) != place:
+            raise ValueError(f"--base: two are called {name!r}, {found[name]} and {place}: rename one of the folders.")
+        found[name] = place
+    return found
 
 
 if __name__ == "__main__":

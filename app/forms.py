@@ -7,10 +7,13 @@ as everywhere in configs.
 import ast
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from alignkit.artifacts import load_json
 from app import jobs, safety
 
+BASE = "pretrained_model_name_or_path"
 # Of all settings, those that a first training needs; all others are in the YAML.
 VISIBLE = {
     "alignprop": ["max_train_steps", "train_batch_size", "learning_rate", "lora.rank", "validation_steps", "seed"],
@@ -25,6 +28,8 @@ VISIBLE = {
         "placeholder_token", "class_noun", "method", "max_train_steps", "learning_rate", "validation_steps",
     ],
 }  # fmt: skip
+# what the network of a base says: a U-Net how wide its text is, a transformer its class
+FAMILIES = {768: "sd15", 1024: "sd21", 2048: "sdxl", "SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 DATA_KEY = {
     "alignprop": "prompt_file",
     "controlnetpp": "train_data_dir",
@@ -85,7 +90,7 @@ def _default(value: ast.expr | None) -> Any:
 
 
 def visible(method: str) -> list[Setting]:
-    return [settings(method)[key] for key in VISIBLE[method]]
+    return [settings(method)[key] for key in (BASE, *VISIBLE[method])]
 
 
 def values(method: str, config: str) -> list[Any]:
@@ -113,6 +118,32 @@ def filled(method: str, config: str, given: list[Any]) -> str:
         if new != old and new is not None:
             changed[setting.key] = new
     return jobs.set_values(config, changed) if changed else config
+
+
+def presets(method: str, base: str, place: str) -> dict[str, str]:
+    """Name -> YAML of the configs for a base of the page, which is at `place`: a folder, a Hub name, or "emoji".
+
+    A Hub name that no config has may be of any family but the emoji world's; so may a folder that does not say it.
+    """
+    found = jobs.presets(method)
+    family = _family(place)
+    own = [name for name in found if family and name.startswith(family)]
+    own = own or [name for name, text in found.items() if safety.read_config(text).get(BASE) == place]
+    others = [name for name in found if not name.startswith("emoji")]
+    own = own or sorted(others, key=lambda name: not name.startswith("sd15"))
+    return {name: jobs.set_values(found[name], {BASE: base}) for name in own}
+
+
+def _family(base: str) -> str | None:
+    """As the names of configs begin."""
+    if base == "emoji":
+        return "emoji"
+    for file, key in (("unet", "cross_attention_dim"), ("transformer", "_class_name")):
+        try:
+            return FAMILIES.get(load_json(Path(base) / file / "config.json").get(key))
+        except (ValueError, AttributeError, TypeError):
+            continue
+    return None
 
 
 def about(config: str) -> str:

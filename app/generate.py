@@ -114,6 +114,7 @@ class Models:
         self._base: tuple[str, Any] | None = None
         self._composed: tuple[tuple, Any] | None = None
         self._checker: Any = None
+        self._condition: tuple[dict, Any] | None = None
 
     def base(self, name: str) -> Any:
         """An `alignkit.Base`."""
@@ -152,6 +153,19 @@ class Models:
             composed.pipe.set_progress_bar_config(disable=True)
             self._composed = ((parts, versions), composed)
         return self._composed[1]
+
+    def condition(self, controlnet: str | None) -> Any:
+        """The `Condition` that a run trained its ControlNet for, with the model that it may have."""
+        from alignkit.conditions import CONDITIONS, build_condition
+
+        if not controlnet:
+            raise ValueError("Choose a ControlNet: it decides what is read off the picture.")
+        said = _said_of_condition(self.folder, controlnet)
+        if said.get("name") not in CONDITIONS:
+            raise ValueError(f"{controlnet} does not say what its control is: give the map itself.")
+        if self._condition is None or self._condition[0] != said:
+            self._condition = (said, build_condition(said["name"], **said.get("args", {})))
+        return self._condition[1]
 
     @staticmethod
     def _names(settings: Settings) -> list[str]:
@@ -242,7 +256,7 @@ def extract_control(
 
     from alignkit.data import to_tensor
 
-    condition = _condition(models.folder, controlnet)
+    condition = models.condition(controlnet)
     control = condition.control(condition.extract(to_tensor(picture)[None]))
     return numpy_to_pil(control.permute(0, 2, 3, 1).cpu().numpy())[0]
 
@@ -255,18 +269,6 @@ def _map_resampling(folder: Path, controlnet: str | None) -> Image.Resampling:
 
 def _said_of_condition(folder: Path, controlnet: str) -> dict[str, Any]:
     return safety.read_config(jobs.config_of(folder, controlnet)).get("condition", {})
-
-
-def _condition(folder: Path, controlnet: str | None) -> Any:
-    """Of the run that trained this ControlNet."""
-    from alignkit.conditions import CONDITIONS, build_condition
-
-    if not controlnet:
-        raise ValueError("Choose a ControlNet: it decides what is read off the picture.")
-    said = _said_of_condition(folder, controlnet)
-    if said.get("name") not in CONDITIONS:
-        raise ValueError(f"{controlnet} does not say what its control is: give the map itself.")
-    return build_condition(said["name"], **said.get("args", {}))
 
 
 # Drawing

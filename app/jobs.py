@@ -386,12 +386,26 @@ def presets(method: str) -> dict[str, str]:
 
 
 def set_values(config: str, values: dict[str, Any]) -> str:
-    """The YAML with these dotted keys set; its comments are lost."""
-    data = safety.read_config(config)
+    """The YAML with these dotted keys set, and with its comments, unless a key is written in an unusual way."""
+    data, text = safety.read_config(config), config
     for key, value in values.items():
         *blocks, name = key.split(".")
         block = data
         for part in blocks:
             block = block.setdefault(part, {})
         block[name] = value
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        text = _with_line(text, blocks, name, value)
+    try:
+        kept = safety.read_config(text) == data
+    except ValueError:
+        kept = False
+    return text if kept else yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _with_line(text: str, blocks: list[str], name: str, value: Any) -> str:
+    """With the value in the line `name: ...` below those of its blocks, or in a new last line."""
+    said = yaml.safe_dump(value, allow_unicode=True).removesuffix("...\n").strip()
+    above = "".join(rf"{re.escape(block)}:.*\n(?:[ #].*\n|\n)*?[ ]+" for block in blocks)
+    line = rf"(?m)^({above}{re.escape(name)}:)[^#\n]*?([ ]*(?:#.*)?)$"
+    text, found = re.subn(line, lambda match: f"{match[1]} {said}{match[2]}", text, count=1)
+    return text if found else f"{text.rstrip()}\n{name}: {said}\n"

@@ -8,6 +8,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported, which would ask for its version else
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from alignkit.emoji import EXAMPLES_DIR
 from app import jobs, safety, tab_explore, tab_generate, tab_runs, tab_train, ui
@@ -43,9 +44,9 @@ CSS = """
 def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checker: str | None = None) -> gr.Blocks:
     """The page over a folder of runs, which is made if it is not there; `bases`: name -> folder or Hub name."""
     folder, bases = Path(folder).resolve(), bases or {"emoji": "emoji"}
-    if "emoji" in bases.values() and not folder.exists():
-        lay_out_examples(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if "emoji" in bases.values():
+        lay_out_examples(folder)
     os.environ["GRADIO_TEMP_DIR"] = str(folder / jobs.CACHE)  # components look at it when they are made
     page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
@@ -71,9 +72,15 @@ def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checke
 
 
 def lay_out_examples(folder: Path) -> None:
-    """Copies of what ships with the emoji world, as runs: something to draw with before anything is trained."""
-    for example in sorted(EXAMPLES_DIR.glob("*")):
-        shutil.copytree(example, folder / "examples" / example.name)
+    """Copies of what ships with the emoji world, as runs: something to draw with before anything is trained.
+
+    Once: they may be deleted, and do not come back.
+    """
+    laid = folder / ".examples"
+    if not laid.exists():
+        for example in sorted(EXAMPLES_DIR.glob("*")):
+            shutil.copytree(example, folder / "examples" / example.name, dirs_exist_ok=True)
+        laid.touch()
 
 
 def launch(
@@ -89,7 +96,7 @@ def launch(
     The process moves into the folder, since Gradio serves copies of what functions return from the current one.
     Raises ValueError for an address that others can reach without a password.
     """
-    if not password and not is_loopback(host):
+    if not password and not safety.is_loopback(host):
         raise ValueError(f"{host} can be reached by others: give a password with it, or stay on 127.0.0.1.")
     folder = Path(folder).resolve()
     safety.limit_pixels()
@@ -108,18 +115,11 @@ def launch(
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
+        run_history=False,  # it would offer to send what was drawn to the Hub
         footer_links=["api"],
+        app_kwargs={"middleware": [Middleware(safety.OwnSite, loopback_only=not password)]},
         _frontend=False,  # skips a look at the page that gives up after 3 s, which a busy machine needs longer for
         theme=THEME,
         css=CSS,
         **options,
     )
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

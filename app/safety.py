@@ -3,13 +3,19 @@
 import re
 import secrets
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Set
+from contextvars import ContextVar
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -32,6 +38,7 @@ PATHS = {
 }  # fmt: skip
 PLAIN = re.compile(r"[\w+-][\w .+-]*")
 TRACKERS = ("none", "tensorboard")  # which write into the run's folder; the others send what they get away
+_asking: ContextVar[str] = ContextVar("asking", default="")  # the address of whom the page is answering
 
 
 # Names
@@ -150,12 +157,15 @@ def check_config(
                 raise ValueError(f"{path}: this page does not offer {value!r}; --base on its command line does.")
         elif value.startswith("emoji/") and ".." not in value or value in ("emoji", "") or value in models:
             continue
-        elif key in PATHS or not PLAIN.fullmatch(value):
+        elif key in PATHS or ".args." in path or not PLAIN.fullmatch(value):  # args name models and files
             if ":" in value and "/" not in value:
                 raise ValueError(f"{path}: code of one's own is for the command line; got {value!r}.")
             target = (root / value).resolve()
             if key not in PATHS or not any(target.is_relative_to(folder.resolve()) for folder in folders):
-                raise ValueError(f"{path}: only files of this page's own folders can be named here, got {value!r}.")
+                raise ValueError(
+                    f"{path}: only files of this page's own folders, and what the project's own configs name, can be "
+                    f"named here; got {value!r}."
+                )
 
 
 def leaves(config: Any, key: str = "", path: str = "") -> Iterator[tuple[str, str, str]]:
@@ -174,20 +184,58 @@ def leaves(config: Any, key: str = "", path: str = "") -> Iterator[tuple[str, st
         raise ValueError(f"{path}: expected text, a number, true or false, got {type(config).__name__}.")
 
 
-# Passwords
+# Addresses and passwords
+
+
+class OwnSite:
+    """Answers the page's own requests alone, and not those that another site's page has a visitor's browser send.
+
+    An `Origin` has to be the page's own. Without a password, so has the name under which it is asked: a site may give
+    its own name the address of this machine, and then every `Origin` is right.
+    """
+
+    def __init__(self, app: ASGIApp, loopback_only: bool):
+        self.app, self.loopback_only = app, loopback_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.loopback_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            answer = "Without a password, this page answers on 127.0.0.1 and localhost alone."
+        elif origin is not None and urlsplit(origin).netloc != host:
+            answer = "This page answers no other site's requests."
+        else:
+            _asking.set((scope.get("client") or ("",))[0])
+            await self.app(scope, receive, send)
+            return
+        await PlainTextResponse(answer, 403)(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def login(user: str, password: str) -> Callable[[str, str], bool]:
-    """For Gradio's `auth`; after ten wrong passwords in a minute, none is right for the rest of that minute."""
-    failures: deque[float] = deque(maxlen=FAILED_LOGINS)
+    """For Gradio's `auth`; after ten wrong passwords in a minute from an address, none of its is right for the rest."""
+    failures: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=FAILED_LOGINS))
 
     def check(given_user: str, given_password: str) -> bool:
-        if len(failures) == FAILED_LOGINS and time.monotonic() - failures[0] < LOGIN_WINDOW:
+        for address, wrong in list(failures.items()):
+            if time.monotonic() - wrong[-1] > LOGIN_WINDOW:
+                del failures[address]
+        wrong = failures.get(_asking.get(), ())
+        if len(wrong) == FAILED_LOGINS and time.monotonic() - wrong[0] < LOGIN_WINDOW:
             return False
         right = secrets.compare_digest(given_user.encode(), user.encode())
         right &= secrets.compare_digest(given_password.encode(), password.encode())
         if not right:
-            failures.append(time.monotonic())
+            failures[_asking.get()].append(time.monotonic())
         return right
 
     return check

@@ -34,6 +34,9 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
             loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True)
             concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
             alignit = gr.Checkbox(False, label="AlignIT")
+            truncation = gr.Slider(
+                0, 128, 0, step=1, label="Truncation", info="Units of NeTI's mapper that are kept; 0 keeps all"
+            )
             with gr.Row():
                 x = gr.Dropdown(AXES, value="guidance", label="Across", min_width=120)
                 xs = gr.Textbox("1, 3, 5, 7", label="its values", min_width=120)
@@ -54,7 +57,8 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
     def draw(
         prompt: str, base: str = first_base, loras: list[str] = (), concepts: list[str] = (), alignit: bool = False,
         x: str = "guidance", xs: str = "1, 3, 5, 7", y: str = "seed", ys: str = "0, 1, 2", steps: float = 15,
-        guidance: float = 5, seed: float = 0, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
+        guidance: float = 5, seed: float = 0, truncation: float = 0,
+        request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
             across, down = ui.numbers(xs, x), ui.numbers(ys, y)
@@ -62,12 +66,14 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
                 prompt=prompt or "", base=base, seed=int(seed or 0), num_inference_steps=int(steps),
                 guidance_scale=guidance,
                 loras=dict.fromkeys(loras or [], 1.0), concepts=list(concepts or []), alignit=bool(alignit),
+                truncation=int(truncation) or None,
             )  # fmt: skip
             tell = generate.Timer(progress, "Drawing", len(across) * len(down) * int(steps))
             return "", explore.grid(page.models, settings, (x, across), (y, down), tell, stopped)
 
     event = go.click(
-        draw, [prompt, base, loras, concepts, alignit, x, xs, y, ys, steps, guidance, seed], [status, picture],
+        draw, [prompt, base, loras, concepts, alignit, x, xs, y, ys, steps, guidance, seed, truncation],
+        [status, picture],
         api_name="grid", show_progress_on=status, **ui.MODEL,
     )  # fmt: skip
     _cancel(page, stop, event, status)
@@ -124,17 +130,18 @@ def _reward(page: ui.Page) -> None:
     gr.Markdown("Where on a picture a reward looks: how its score would change with each pixel.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            upload = ui.picture_upload(height=240)
+            upload = ui.picture_upload(height=240, elem_id="reward_picture")
             name = gr.Dropdown(list(explore.REWARDS), value="aesthetic", label="Reward")
             prompt = gr.Textbox("a cat on a blue background", label="Prompt, for alignment")
             method = gr.Radio(["saliency", "integrated gradients"], value="integrated gradients", label="Method")
             with gr.Row():
-                go = gr.Button("Look", variant="primary", min_width=120)
+                go = gr.Button("Look", variant="primary", min_width=120, elem_id="reward_map")
                 stop = gr.Button("Cancel", min_width=80)
         with gr.Column(scale=3, min_width=300):
             found = gr.Image(
-                label="Map", format="png", interactive=False, height=320, buttons=ui.BUTTONS, elem_classes="pixels"
-            )
+                label="Map", format="png", interactive=False, height=320, buttons=ui.BUTTONS, elem_classes="pixels",
+                elem_id="reward_image",
+            )  # fmt: skip
             status = gr.Markdown("", min_height=60)
 
     @ui.said

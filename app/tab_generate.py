@@ -45,7 +45,9 @@ def build(page: ui.Page) -> None:
         with gr.Column(min_width=300), gr.Accordion("LoRAs and concepts", open=True):
             loras = gr.Dropdown([], label="LoRAs", multiselect=True, allow_custom_value=True, elem_id="loras")
             weights = gr.Textbox("1", label="Weights", info="One for all, or one each: 1, 0.7")
-            concepts = gr.Dropdown([], label="Concepts", multiselect=True, allow_custom_value=True)
+            concepts = gr.Dropdown(
+                [], label="Concepts", multiselect=True, allow_custom_value=True, elem_id="concepts"
+            )  # fmt: skip
             words = gr.Markdown("Words that were learnt under *Personalize* appear here.")
             truncation = gr.Slider(
                 0, 128, 0, step=1, label="Truncation", info="Units of NeTI's mapper that are kept; 0 keeps all"
@@ -130,7 +132,7 @@ def build(page: ui.Page) -> None:
 
 def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Component], gr.events.Dependency]:
     """A ControlNet, its strength and what it is given; and the event that shows what it will see."""
-    controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True)
+    controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True, elem_id="controlnet")
     scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
     kind = gr.Radio([PICTURE, MAP], value=PICTURE, label="What you give is")
     with gr.Tabs():
@@ -139,7 +141,9 @@ def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Compo
         with gr.Tab("Draw"):
             sketch = ui.sketch_upload(label="Drawing", canvas_size=(256, 256), height=320, elem_id="sketch")
     preview = gr.Button("Preview what the ControlNet will see")
-    seen = gr.Image(label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS)
+    seen = gr.Image(
+        label="What it sees", interactive=False, height=200, format="png", buttons=ui.BUTTONS, elem_id="seen"
+    )  # fmt: skip
 
     @ui.said
     def look(

@@ -1,9 +1,12 @@
 """Runs: what there is, how it went, what came of it; and the page's functions for other programs."""
 
+from collections.abc import Iterator
+
 import gradio as gr
 import pandas as pd
 
 from app import jobs, safety, ui
+from app.generate import Cancelled
 
 COLUMNS = ["run", "state", "step", "of"]
 
@@ -34,6 +37,7 @@ def build(page: ui.Page) -> None:
             files = gr.File(
                 label="Files", file_count="multiple", interactive=False, visible=False, elem_id="runs_files"
             )
+            asked = gr.State(None)  # what it was asked for, which a request past the page does not have
             with gr.Group(visible=False) as asking:
                 question = gr.Markdown("", padding=True)
                 with gr.Row():
@@ -55,10 +59,8 @@ def build(page: ui.Page) -> None:
     @ui.said
     def inspect(run: str | None):
         if not run:
-            return "", [], "", gr.File(visible=False), gr.Group(visible=False)
-        shown = jobs.samples(page.folder, run)
-        state = jobs.status(page.folder, run)
-        return str(state), shown, jobs.config_of(page.folder, run), gr.File(visible=False), gr.Group(visible=False)
+            return "", [], ""
+        return str(jobs.status(page.folder, run)), jobs.samples(page.folder, run), jobs.config_of(page.folder, run)
 
     @ui.said
     def download(run: str):
@@ -68,13 +70,14 @@ def build(page: ui.Page) -> None:
     def ask(run: str):
         path = jobs.find(page.folder, run)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
-        return f"Delete **{run}**, {size / 2**20:.1f} MB with its checkpoints? Nobody can bring it back.", gr.Group(
-            visible=True
-        )
+        question = f"Delete **{run}**, {size / 2**20:.1f} MB with its checkpoints? Nobody can bring it back."
+        return question, run, gr.Group(visible=True)
 
     @ui.said
-    def remove(run: str):
-        jobs.delete(page.folder, run)
+    def remove(asked: str | None):
+        if asked is None:
+            raise ValueError("Nothing is deleted before it was asked for.")
+        jobs.delete(page.folder, asked)
         rows, _, several = refresh()
         return rows, gr.Dropdown(jobs.runs(page.folder), value=None), several, gr.Group(visible=False)
 
@@ -86,11 +89,15 @@ def build(page: ui.Page) -> None:
         return gr.LinePlot(rows[rows["curve"] == curve], y_title=curve), gr.Dropdown(names, value=curve)
 
     again.click(refresh, None, [table, run, several], **ui.QUICK)
-    run.change(inspect, run, [status, pictures, config, files, asking], **ui.ACTION)
-    pack.click(download, run, files, show_progress_on=status, **ui.ACTION | {"show_progress": "full"})  # copies them
-    delete.click(ask, run, [question, asking], **ui.ACTION)
+    public = ui.ACTION | {"api_visibility": "public"}
+    run.change(inspect, run, [status, pictures, config], api_name="inspect_run", **public)
+    run.change(lambda: (gr.File(visible=False), gr.Group(visible=False)), None, [files, asking], **ui.QUICK)
+    pack.click(
+        download, run, files, api_name="run_files", show_progress_on=status, **public | {"show_progress": "full"}
+    )  # fmt: skip
+    delete.click(ask, run, [question, asked, asking], **ui.ACTION)
     keep.click(lambda: gr.Group(visible=False), None, asking, **ui.QUICK)
-    sure.click(remove, run, [table, run, several, asking], **ui.ACTION)
+    sure.click(remove, asked, [table, run, several, asking], **ui.ACTION)
     gr.on([several.change, curve.input], compare, [several, curve], [plot, curve], **ui.ACTION)
     page.on_load.append((refresh, [table, run, several]))
     _api(page)
@@ -127,9 +134,15 @@ def _api(page: ui.Page) -> None:
         return jobs.start(page.folder, method, name, config, page.bases)
 
     @ui.said
-    def dry_run(method: str, config: str) -> str:
-        """Time and memory of a training, by two steps."""
-        return list(jobs.dry_run(page.folder, method, config, page.bases))[-1]
+    def dry_run(method: str, config: str, request: gr.Request) -> Iterator[str]:
+        """How far it is, and at last the time and memory of a training, by two steps. /cancel ends it."""
+        with ui.stoppable(page, request) as stopped:
+            said = jobs.dry_run(page.folder, method, config, page.bases)
+            for words in said:
+                if stopped.is_set():
+                    said.close()
+                    raise Cancelled
+                yield words
 
     @ui.said
     def stop_training(run: str) -> str:

@@ -5,8 +5,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from app import data, forms, jobs, safety, ui
-from app.generate import Timer
+from app import data, forms, generate, jobs, safety, ui
 
 TABS = {"Align": ("alignprop",), "Control": ("controlnetpp",), "Personalize": ("neti", "customize")}
 TITLES = {"neti": "A word (NeTI)", "customize": "DreamBooth, Custom Diffusion"}
@@ -52,9 +51,11 @@ def _build(page: ui.Page, method: str) -> None:
 
 def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.components.Component]]:
     """The run's name; and the YAML, the data and the fields that `_resolved` makes a config of."""
-    presets = jobs.presets(method)
+    first_base, place = next(iter(page.bases.items()))
+    presets = forms.presets(method, first_base, place)
     first = next(iter(presets))
-    choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if method in ("neti", "customize") else [])]
+    example = "emoji" in page.bases.values() and method in ("neti", "customize")
+    choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if example else [])]
     text = gr.Code(
         presets[first], language="yaml", label="Settings", max_lines=30, interactive=True, elem_id=f"{method}_yaml",
         render=False,
@@ -62,20 +63,28 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
     preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
     about = gr.Markdown(forms.about(presets[first]))
     name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")
-    source = gr.Dropdown(choices, value=choices[-1], label="Data", allow_custom_value=True)
+    source = gr.Dropdown(choices, value=choices[-1 if place == "emoji" else 0], label="Data", allow_custom_value=True)
     with gr.Accordion("Data of your own", open=False):
         _build_data(page, method, source, choices, text)
-    fields = _fields(method, presets[first])
+    fields = _fields(page, method, presets[first])
     with gr.Accordion("All settings (YAML)", open=False):
         text.render()
         with gr.Row():
-            upload = gr.UploadButton("Upload", file_types=[".yaml", ".yml"], min_width=100)
-            download = gr.DownloadButton("Download", min_width=100)
+            upload = gr.UploadButton(
+                "Upload", file_types=[".yaml", ".yml"], min_width=100, elem_id=f"{method}_upload"
+            )  # fmt: skip
+            download = gr.DownloadButton("Download", min_width=100, elem_id=f"{method}_download")
 
     @ui.said
-    def choose(preset: str):
-        config = presets[preset]
+    def choose(preset: str, base: str):
+        config = forms.presets(method, base, page.bases.get(base, base))[preset]
         return forms.about(config), config, *forms.values(method, config)
+
+    @ui.said
+    def rebase(base: str):
+        presets = forms.presets(method, base, page.bases.get(base, base))
+        first = next(iter(presets))
+        return gr.Dropdown(list(presets), value=first), *choose(first, base)
 
     @ui.said
     def fill(config: str, *values: Any) -> str:
@@ -100,8 +109,10 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
         file.write_text(config, encoding="utf-8")
         return str(file)
 
-    preset.input(choose, preset, [about, text, *fields], **ui.ACTION)
-    for field in fields:
+    base, *others = fields
+    preset.input(choose, [preset, base], [about, text, *fields], **ui.ACTION)
+    base.input(rebase, base, [preset, about, text, *fields], **ui.ACTION)
+    for field in others:
         gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **ui.ACTION)
     text.blur(read, text, fields, **ui.ACTION)
     upload.upload(take, upload, [text, *fields], **ui.ACTION)
@@ -242,7 +253,7 @@ def fresh_name(page: ui.Page, method: str) -> str:
     return f"run-{number}"
 
 
-def _fields(method: str, config: str) -> list[gr.components.Component]:
+def _fields(page: ui.Page, method: str, config: str) -> list[gr.components.Component]:
     """A widget for each visible setting, two in a row, with the dataclass's own words."""
     made, pairs = [], list(zip(forms.visible(method), forms.values(method, config), strict=True))
     for i in range(0, len(pairs), 2):
@@ -251,7 +262,13 @@ def _fields(method: str, config: str) -> list[gr.components.Component]:
                 label = setting.key.replace("_", " ").replace(".", ": ")
                 common = {"label": label, "info": setting.help, "min_width": 140}
                 common |= {"elem_id": f"{method}_{setting.key.replace('.', '_')}"}
-                if setting.kind == "choice":
+                if setting.key == forms.BASE:
+                    common |= {
+                        "label": "Base model",
+                        "info": "A base of this page; others by --base on its command line",
+                    }
+                    made.append(gr.Dropdown(list(page.bases), value=value, allow_custom_value=True, **common))
+                elif setting.kind == "choice":
                     made.append(gr.Dropdown(list(setting.choices), value=value, **common))
                 elif setting.kind in ("int", "float"):
                     made.append(gr.Number(value, precision=0 if setting.kind == "int" else None, **common))
@@ -273,7 +290,9 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
             data.save_prompts(page.data, name, text)
             return gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
 
-        keep.click(keep_prompts, [called, prompts], source, **ui.ACTION)
+        keep.click(
+            keep_prompts, [called, prompts], source, api_name="keep_prompts", **ui.ACTION | {"api_visibility": "public"}
+        )
         return
     gr.Markdown(ABOUT_DATA[method])
     uploads = gr.File(
@@ -298,8 +317,8 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
 
     @ui.said
     def keep_pictures(
-        name: str, uploads: list[str] | None, captions: str | None, beside: list[str] | None, config: str,
-        request: gr.Request, progress=gr.Progress(),  # noqa: B008
+        name: str, uploads: list[str] | None = None, captions: str | None = "", beside: list[str] | None = None,
+        config: str = text.value, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         progress(0, desc="Loading")
         data.new_set(page.data, name)  # raises before any work
@@ -308,7 +327,7 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
         jobs.check(page.folder, said, page.bases)
         resolution = said.get("resolution") or SMALLEST
         if method == "controlnetpp":
-            condition = data.condition_of(said)
+            condition = generate.in_turn(data.condition_of)(said)  # it loads a model
             column = said.get("condition_column") or condition.column
             folder, keeping = data.MAPS, data.for_controlnets(condition, column)
         else:
@@ -319,7 +338,7 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
             ui.stoppable(page, request) as stopped,
             data.given(uploads or [], captions or "", beside or [], folder, column) as items,
         ):
-            tell = Timer(progress, "Checking", max(1, len(items)))
+            tell = generate.Timer(progress, "Checking", max(1, len(items)))
             path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
         chosen = gr.skip() if path is None else gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
         words = ["None of these pictures can be used."] if path is None else data.check(path, resolution)
@@ -331,6 +350,6 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
 
     event = keep.click(
         keep_pictures, [called, uploads, captions, beside, text], [source, told, table], show_progress_on=told,
-        **ui.ACTION | {"show_progress": "full"},
+        api_name=f"keep_pictures_{method}", **ui.ACTION | {"show_progress": "full", "api_visibility": "public"},
     )  # fmt: skip
     stop.click(cancel, None, told, cancels=[event], **ui.QUICK)

@@ -80,6 +80,11 @@ def said(function: Callable) -> Callable:
             return gr.Error("Cancelled.", title="Stopped", duration=4, print_exception=False)
         if isinstance(error, (ValueError, TypeError, FloatingPointError, FileNotFoundError, BlockingIOError)):
             return gr.Error(html.escape(str(error), quote=False), print_exception=False)  # Gradio shows it as HTML
+        if isinstance(error, OSError) and error.strerror:  # without the file's name, which is of the machine
+            return gr.Error(f"The machine says: {error.strerror}.", print_exception=False)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+            said = "The memory of the GPU is full. Draw smaller or fewer pictures, or wait for what else runs there."
+            return gr.Error(said, print_exception=False)
         logging.getLogger("app").exception("in %s", function.__name__)
         return gr.Error("Something went wrong here. The log of the page says more.", print_exception=False)
 

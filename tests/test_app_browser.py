@@ -104,12 +104,126 @@ def test_generate_and_load_the_settings_from_the_picture(screen, tmp_path):
     expect(screen.locator("#prompt textarea")).to_have_value("a hat", timeout=WAIT)
 
 
-def test_what_goes_wrong_is_a_sentence(screen):
-    screen.locator("#prompt textarea").fill("")
+def test_a_drawing_is_followed_with_a_concept_and_alignit(screen):
+    screen.locator("#prompt textarea").fill("a <thing> hat")
+    choose(screen, "#concepts", "neti/thing")
+    screen.get_by_label("AlignIT", exact=True).filter(visible=True).check()
+    screen.get_by_role("button", name="Control").filter(visible=True).click()
+    choose(screen, "#controlnet", "controlnetpp/edges")
+    screen.get_by_role("tab", name="Draw").click()
+    canvas = screen.locator("#sketch canvas").first
+    expect(canvas).to_be_visible(timeout=WAIT)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for x, y in ((0.3, 0.3), (0.7, 0.3), (0.5, 0.7)):
+        screen.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        screen.mouse.down()
+        screen.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=5)
+        screen.mouse.up()
+    screen.get_by_role("button", name="Preview what the ControlNet will see").click()
+    expect(screen.locator("#seen img")).to_be_visible(timeout=WAIT)
+    screen.locator("#generate").click()
+    expect(screen.locator("#tuned_image img")).to_be_visible(timeout=WAIT)
+    keep(screen, "drawing")
+
+
+def test_explore(screen, tmp_path):
+    go_to(screen, "Explore")
+    screen.locator("#grid_prompt textarea, #grid_prompt input").first.fill("a hat")
+    screen.locator("#grid").click()
+    expect(screen.locator("#grid_image img")).to_be_visible(timeout=WAIT)
+    keep(screen, "grid")
+    screen.get_by_role("tab", name="Attention").click()
+    screen.locator("#attention").click()
+    expect(screen.locator("#attention_maps img").nth(3)).to_be_visible(timeout=WAIT)
+    keep(screen, "attention")
+    screen.get_by_role("tab", name="Reward").click()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "picture.png")
+    screen.locator("#reward_picture input[type=file]").set_input_files(tmp_path / "picture.png")
+    expect(screen.locator("#reward_picture img")).to_be_visible(timeout=WAIT)
+    screen.locator("#reward_map").click()
+    expect(screen.locator("#reward_image img")).to_be_visible(timeout=WAIT)
+    keep(screen, "reward")
+
+
+def test_by_the_keyboard_alone(screen):
+    """Tabs by the arrows, from field to button by Tab, drawing by Enter."""
+    prompt = screen.locator("#prompt textarea")
+    for _ in range(40):
+        if prompt.evaluate("field => field === document.activeElement"):
+            break
+        screen.keyboard.press("Tab")
+    screen.keyboard.press("ControlOrMeta+A")
+    screen.keyboard.type("a hat")
+    screen.keyboard.press("Tab")
+    assert screen.locator("#generate").evaluate("button => button === document.activeElement")
+    screen.keyboard.press("Enter")
+    expect(screen.locator("#base_image img")).to_be_visible(timeout=WAIT)
+    screen.get_by_role("tab", name="Generate", exact=True).first.focus()
+    screen.keyboard.press("ArrowRight")
+    expect(screen.locator("#alignprop_start")).to_be_visible(timeout=WAIT)
+
+
+@pytest.mark.parametrize(
+    "loras, sentence",
+    [
+        (None, "Say what to draw: the prompt is empty."),
+        ("<img src=x onerror=alert(1)>", "<img src=x onerror=alert(1)>"),
+    ],
+)
+def test_what_goes_wrong_is_a_sentence(screen, loras, sentence):
+    """And what was typed is text in it."""
+    screen.locator("#prompt textarea").fill("a hat" if loras else "")
+    if loras:
+        choose(screen, "#loras", loras)
     screen.locator("#generate").click()
     toast = screen.get_by_test_id("toast-body")
-    expect(toast).to_contain_text("Say what to draw: the prompt is empty.", timeout=WAIT)
+    expect(toast).to_contain_text(sentence, timeout=WAIT)
+    expect(toast.locator("img")).to_have_count(0)
     assert "Traceback" not in screen.content()
+
+
+def test_a_config_that_reaches_out_is_refused(screen):
+    go_to(screen, "Align")
+    screen.get_by_role("button", name="All settings (YAML)").filter(visible=True).click()
+    screen.locator("#alignprop_yaml .cm-content").fill("max_train_steps: 1\ntrain_data_dir: /etc\n")
+    screen.locator("#alignprop_start").click()
+    expect(screen.get_by_test_id("toast-body")).to_contain_text("only files of this page", timeout=WAIT)
+
+
+def test_a_config_goes_out_and_comes_back(screen, tmp_path):
+    """The form's values are in the file that is downloaded, and in the form again when it is uploaded."""
+    go_to(screen, "Align")
+    steps = screen.locator("#alignprop_max_train_steps input")
+    steps.fill("123")
+    steps.press("Tab")
+    screen.get_by_role("button", name="All settings (YAML)").filter(visible=True).click()
+    expect(screen.locator("#alignprop_yaml")).to_contain_text("max_train_steps: 123", timeout=WAIT)
+    with screen.expect_download() as download:
+        screen.locator("#alignprop_download").click()
+    file = tmp_path / "config.yaml"
+    download.value.save_as(file)
+    text = file.read_text()
+    assert "max_train_steps: 123" in text and "#" in text
+    file.write_text(text.replace("123", "45"))
+    screen.locator("#alignprop_upload input[type=file], input[type=file][accept*='yaml']").first.set_input_files(file)
+    expect(steps).to_have_value("45", timeout=WAIT)
+
+
+def test_the_password_is_asked_for(browser, tmp_path):
+    with serving(tmp_path, {"emoji": "emoji"}, password="sesame") as url:
+        context = browser.new_context()
+        context.set_default_timeout(WAIT)
+        screen = context.new_page()
+        screen.goto(url)
+        for password in ("guess", "sesame"):
+            screen.get_by_label("username").fill("alignkit")
+            screen.get_by_label("password").fill(password)
+            screen.get_by_role("button", name="Login").click()
+            if password == "guess":
+                expect(screen.get_by_text("Incorrect Credentials")).to_be_visible(timeout=WAIT)
+        expect(screen.locator("#prompt textarea")).to_be_visible(timeout=WAIT)
+        context.close()
 
 
 def test_drawing_is_cancelled(screen, monkeypatch):

@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import socket
+import tempfile
 import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -15,6 +17,8 @@ from PIL import EpsImagePlugin, Image
 
 from app import generate, jobs, page, safety, tab_generate
 from tests.app_server import make_world, serving
+from tests.benchmarks.app_process import page_process
+from tests.benchmarks.app_soak import soak
 from tests.test_app import png_of_size
 
 OUTWARD: list[tuple] = []  # connections to anywhere but this machine
@@ -64,7 +68,8 @@ def test_what_is_public_has_a_name(client):
     assert set(named) == {
         "/generate", "/cancel", "/preview_control", "/read_settings", "/grid", "/attention", "/reward_map",
         "/list_runs", "/run_status", "/run_curves", "/presets", "/start_training", "/dry_run", "/stop_training",
-        "/resume_training", "/delete_run",
+        "/resume_training", "/delete_run", "/inspect_run", "/run_files", "/keep_prompts", "/keep_pictures_controlnetpp",
+        "/keep_pictures_neti", "/keep_pictures_customize",
     }  # fmt: skip
     for name, endpoint in named.items():
         names = [parameter["parameter_name"] for parameter in endpoint["parameters"]]
@@ -199,6 +204,37 @@ def test_a_training_from_its_start_to_its_end(client, world):
     assert run not in client.predict(api_name="/list_runs")
 
 
+def test_a_program_learns_from_its_own_pictures_and_fetches_what_came_of_it(client, world, tmp_path):
+    good, bad = tmp_path / "a.png", tmp_path / "b.png"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(good)
+    bad.write_bytes(b"no picture")
+    _, told, table = client.predict(
+        "mine", [handle_file(str(good)), handle_file(str(bad))], "a <thing>\na <thing>", None, "resolution: 64",
+        api_name="/keep_pictures_neti",
+    )  # fmt: skip
+    assert "1 " in told and [row[1] for row in table["data"]] == ["used", "refused"]
+    client.predict("words", "a cat\na dog", api_name="/keep_prompts")
+    assert (world[0] / "runs" / "data" / "words" / "prompts.txt").read_text() == "a cat\na dog"
+    config = f"max_train_steps: 2\ntrain_data_dir: {world[0]}/runs/data/mine"
+    run = client.predict("neti", "learnt", config, api_name="/start_training")
+    wait_for(client, run, "finished")
+    status, pictures, said = client.predict(run, api_name="/inspect_run")
+    assert "finished" in status and len(pictures) == 2 and said == config
+    files = {Path(file).name for file in client.predict(run, api_name="/run_files")}
+    assert files >= {"pytorch_lora_weights.safetensors", jobs.CONFIG}
+    client.predict(run, run, api_name="/delete_run")
+
+
+def test_a_dry_run_is_cancelled(client, world):
+    job = client.submit("alignprop", "max_train_steps: 1\nwait: 60", api_name="/dry_run")
+    while not job.outputs() and not job.done():
+        time.sleep(0.01)
+    client.predict(api_name="/cancel")
+    with pytest.raises(AppError, match="Cancelled"):
+        job.result(timeout=30)
+    assert list((world[0] / "runs" / ".dry-run").iterdir()) == []
+
+
 @pytest.mark.parametrize("config", ["train_data_dir: /etc", "rewards: [{name: 'os:system'}]", "report_to: wandb"])
 def test_a_config_does_not_reach_out(client, config):
     with pytest.raises(AppError):
@@ -214,7 +250,8 @@ def test_files_of_the_machine_are_not_served(url, world):
     secret.write_text("sesame street")
     (world[0] / "runs" / "notes.txt").write_text("sesame street")
     for path in ["/etc/passwd", str(secret), f"{world[0]}/runs/notes.txt", f"{world[0]}/runs/../secret.txt",
-                 f"{world[0]}/runs/alignprop/style/{jobs.CONFIG}", str(Path(jobs.__file__))]:  # fmt: skip
+                 f"{world[0]}/runs/alignprop/style/{jobs.CONFIG}", str(Path(jobs.__file__)), f"{url}/config",
+                 "notes.txt", "http://169.254.169.254/latest"]:  # fmt: skip
         answer = httpx.get(f"{url}/gradio_api/file={path}")
         assert answer.status_code in (403, 404) and "sesame" not in answer.text, path
 
@@ -229,11 +266,16 @@ def test_uploads_have_a_size_and_a_kind(url, client, tmp_path):
             client.predict(handle_file(str(tmp_path / name)), api_name="/reward_map")
 
 
-def test_a_path_that_was_not_uploaded_is_not_opened(url):
+def test_a_path_that_was_not_uploaded_is_not_opened(url, client, world):
     """The data of a request may say that a file lies anywhere."""
-    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-    answer = call(url, "read_settings", [file])
-    assert "root:" not in answer and "error" in answer
+    _, drawn, *_ = client.predict("a hat", steps=1, api_name="/generate")
+    shutil.copy(drawn, world[0] / "runs" / "secret.png")
+    with tempfile.NamedTemporaryFile(suffix=".png") as other:
+        shutil.copy(world[0] / "runs" / "secret.png", other.name)
+        for path in ("/etc/passwd", str(world[0] / "runs" / "secret.png"), "secret.png", other.name):
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            answer = call(url, "read_settings", [file])
+            assert "root:" not in answer and "a hat" not in answer and "error" in answer, path
 
 
 def test_pictures_in_requests_are_counted_too(url):
@@ -255,11 +297,31 @@ def call(url: str, name: str, values: list) -> str:
     return httpx.get(f"{url}/gradio_api/call/{name}/{made.json()['event_id']}", timeout=60).text
 
 
-def test_other_sites_may_not_ask(url):
-    answer = httpx.post(
-        f"{url}/gradio_api/call/list_runs", json={"data": []}, headers={"Origin": "https://evil.example"}
-    )
-    assert answer.headers.get("access-control-allow-origin") != "https://evil.example"
+@pytest.mark.parametrize("name", ["upload", "call/list_runs", "call/generate"])
+def test_other_sites_may_not_ask(url, name):
+    """Nor may a site that calls itself by this machine's address, which makes it the page's own."""
+    evil = {"Host": "evil.example", "Origin": "http://evil.example"}
+    for headers in (
+        evil,
+        {"Host": "evil.example"},
+        *({"Origin": o} for o in ("https://evil.example", "null", url + "0")),
+    ):
+        content = {"files": {"files": ("a.png", b"x")}} if name == "upload" else {"json": {"data": []}}
+        answer = httpx.post(f"{url}/gradio_api/{name}", headers=headers, **content)
+        assert answer.status_code == 403, headers
+        assert "access-control-allow-origin" not in answer.headers, headers
+    for headers in ({}, {"Origin": url}):
+        assert httpx.post(f"{url}/gradio_api/call/list_runs", json={"data": []}, headers=headers).status_code == 200
+
+
+def test_nothing_is_deleted_unasked(url, client):
+    """What is private has no name for the client, but an address all the same."""
+    answer = call(url, "remove", ["alignprop/style"])
+    assert "error" in answer and "alignprop/style" in client.predict(api_name="/list_runs")
+
+
+def test_calls_are_not_recorded(url, client):
+    assert httpx.get(f"{url}/config").json()["run_history"] is False
 
 
 def test_a_full_queue_is_a_polite_refusal(client):
@@ -274,6 +336,13 @@ def test_a_full_queue_is_a_polite_refusal(client):
     refused = [answer for answer in answers if answer != "drawn"]
     assert refused and all("queue" in answer.lower() for answer in refused)
     assert answers.count("drawn") >= 4
+
+
+@pytest.mark.slow
+def test_under_load(world, tmp_path):
+    """200 requests of 8 clients: none is lost, and memory is level."""
+    with page_process(tmp_path / "runs", 7877, "-m", "app", "--base", world[1]["tiny"]) as (url, process):
+        assert soak(url, 200, 8, psutil.Process(process.pid))
 
 
 def test_a_password_keeps_the_others_out(world, tmp_path):
@@ -296,14 +365,47 @@ def test_it_starts_on_a_busy_machine(tmp_path, world, monkeypatch):
         assert httpx.get(url, timeout=60).status_code == 200
 
 
-def test_examples_lie_in_a_new_folder_and_do_not_come_back(tmp_path, world, monkeypatch):
+def test_examples_are_laid_out_once(tmp_path, world, monkeypatch):
+    """Also where a command has made the folder already."""
     monkeypatch.setattr(page, "EXAMPLES_DIR", world[0] / "runs" / "alignprop")
     folder, bases = tmp_path / "runs", {"emoji": "emoji"}
+    folder.mkdir()
     page.build(folder, bases)
     assert generate.loras(folder) == ["examples/style"]
     shutil.rmtree(folder / "examples")
     page.build(folder, bases)
     assert generate.loras(folder) == []
+
+
+PAGE = """
+import sys
+from app import __main__, jobs
+from tests.app_server import toy_command
+jobs._command = toy_command
+__main__.main(sys.argv[1:])
+"""
+
+
+def test_a_page_that_is_started_again_finds_its_training(tmp_path):
+    """By `python -m app`, with nothing but a folder; the first page has no time to say goodbye."""
+
+    def connected(url: str) -> Client:
+        return Client(url, verbose=False, httpx_kwargs={"timeout": 60}, download_files=tmp_path)
+
+    with page_process(tmp_path / "runs", 7875, "-c", PAGE) as (url, process):
+        run = connected(url).predict(
+            "alignprop", "mine", "max_train_steps: 9999\nwait: 0.02", api_name="/start_training"
+        )  # fmt: skip
+        process.kill()
+        process.wait()
+    with page_process(tmp_path / "runs", 7876, "-c", PAGE) as (url, _):
+        again = connected(url)
+        seen = wait_for(again, run, "running")["step"]
+        wait_for(again, run, "running", steps=seen + 1)
+        again.predict(run, api_name="/stop_training")
+        wait_for(again, run, "stopped")
+        _, base, *_ = again.predict("a cat", steps=1, api_name="/generate")
+        assert Image.open(base).size == (64, 64)
 
 
 def test_nothing_was_asked_outside(client):

@@ -580,7 +580,7 @@ def test_a_reward_hears_what_was_asked_in_words_it_knows(new_pipe, model):
         with pytest.raises(ValueError, match="reward_prompt: expected 1"):
             composed(**settings | embeds, reward=Listener(), reward_prompt=texts)
     drawn = composed(["a <n> hat"], refine=lambda prompt: f"red {prompt}", seed=0, **settings)
-    assert drawn.prompts == ["red a <n> hat"]
+    assert drawn.prompts == ["red a <n> hat"] and drawn.base_prompts == ["a <n> hat"]
     assert torch.equal(drawn.images, composed("red a <n> hat", seed=0, **settings).images)
     with pytest.raises(ValueError, match="has lost the concept '<n>'"):
         composed("a <n> hat", refine=lambda prompt: "a hat", **settings)

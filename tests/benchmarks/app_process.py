@@ -15,9 +15,12 @@ WAIT = 600  # seconds for each thing that is waited for: on a busy machine, load
 
 
 @contextlib.contextmanager
-def page_process(folder: Path, port: int) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Its address, once it answers, and its process. What it said is shown where something goes wrong."""
-    command = [sys.executable, "-m", "app", "--folder", str(folder), "--port", str(port)]
+def page_process(folder: Path, port: int, *start: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Its address, once it answers, and its process. What it said is shown where something goes wrong.
+
+    start: what Python starts it with, in place of -m app.
+    """
+    command = [sys.executable, *(start or ("-m", "app")), "--folder", str(folder), "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:

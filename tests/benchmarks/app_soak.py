@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import psutil
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from PIL import Image
 
 from tests.benchmarks.app_process import WAIT, page_process
 
@@ -30,6 +31,11 @@ def ask(page: Client, kind: str, number: int) -> None:
         page.predict(prompt, xs="1, 3", ys="0", steps=1, api_name="/grid")
     elif kind == "attention":
         page.predict(prompt, seed=number, steps=1, api_name="/attention")
+    elif kind == "upload":
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            Image.effect_noise((64, 64), 10 + number).convert("RGB").save(file.name)
+            picture = handle_file(file.name)
+            page.predict(picture, "incompressibility", method="saliency", api_name="/reward_map")
     elif kind == "wrong":
         try:
             page.predict("", api_name="/generate")
@@ -44,7 +50,7 @@ def ask(page: Client, kind: str, number: int) -> None:
         page.predict(api_name="/list_runs")
 
 
-KINDS = ("generate", "generate", "grid", "attention", "wrong", "presets", "list")
+KINDS = ("generate", "generate", "grid", "attention", "upload", "wrong", "presets", "list")
 
 
 def work(url: str, mine: list[int], lost: list[str], done: list[int]) -> None:
