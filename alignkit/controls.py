@@ -28,6 +28,7 @@ from tqdm import tqdm
 from alignkit import plan
 from alignkit.conditions import Condition
 from alignkit.data import UNREADABLE, image_shape, numbered_lines, open_image, to_tensor
+from alignkit.emoji import SPRITE_DIR
 
 METADATA = "metadata.jsonl"
 SHOWN_ERRORS = 5
@@ -63,7 +64,7 @@ def open_controls(
 ) -> Controls:
     """`data_dir`: "emoji" or a folder. Everything in a folder is checked first.
 
-    In a plan, scenes of the emoji world stand in for a folder that is not there.
+    In a plan, a sprite stands in for a folder that is not there.
 
     Raises:
         ValueError: with the first few files that cannot be used, and why.
@@ -71,8 +72,8 @@ def open_controls(
     if data_dir == "emoji":
         return SceneControls(column or condition.column)
     if plan.predicting() and not Path(data_dir).exists():
-        print(f"There is no {data_dir}: scenes of the emoji world stand in, their controls extracted.", flush=True)
-        return SceneControls(None)
+        print(f"There is no {data_dir}: a sprite stands in for its images.", flush=True)
+        return FolderControls([Row(SPRITE_DIR / "cat.png", ["a cat"], None)], condition, crop)
     rows, findings = check_folder(data_dir, condition, column)
     errors = [f"{finding.path}: {finding.why}" for finding in findings if finding.state == "error"]
     if errors:

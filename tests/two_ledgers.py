@@ -6,14 +6,13 @@ from tests.toy import ToyConfig, toy_params, train
 WIDTH = 2**16  # so that the parameters are what counts
 
 
-def peak(cfg: ToyConfig) -> tuple[plan.Ledger, int]:
-    """The ledger of the training, and the bytes of what is trained."""
+def bytes_held(cfg: ToyConfig) -> dict[str, int]:
+    """At most in a step, between steps, and of it what is trained: the arguments of `plan.peak_of_several`."""
     with plan.Ledger("cpu") as ledger:
-        params = toy_params(WIDTH)
-        run = train(cfg, params)
-    return ledger, sum(p.nbytes for p in run.params.values())
+        run = train(cfg, toy_params(WIDTH))
+        trained = sum(p.nbytes for p in run.params.values())
+        return {"peak": ledger.phases["train"].peak, "live": ledger.live, "trained": trained}
 
 
 if __name__ == "__main__":
-    ledger, _ = peak(config.parse(ToyConfig))
-    print(f"peak {ledger.phases['train'].peak}", flush=True)
+    print(f"peak {bytes_held(config.parse(ToyConfig))['peak']}", flush=True)

@@ -113,10 +113,10 @@ class Config(DiffusionConfig):
                 "class, set with_prior_preservation to false"
             )
 
-        if self.method != "lora" and self.quantization != "no":
+        if self.quantization != "no":
             raise ValueError(
-                f"quantization: expected 'no' with method {self.method}, which trains weights of the U-Net itself, got "
-                f"{self.quantization!r}"
+                f"quantization: expected 'no', as a concept belongs to the weights of its base, which AlignIT takes "
+                f"again, got {self.quantization!r}"
             )
         if self.method == "dreambooth" and self.mixed_precision != "no":
             raise ValueError(
