@@ -491,25 +491,27 @@ def _check_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 
 
 def plot_curves(events: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Draws every scalar of a run over its steps, a panel each, as a PNG."""
+    """Draws every scalar of a run over its steps, a panel each, as a PNG; the gradient's norm over K, too, if any."""
     from matplotlib.figure import Figure
 
-    curves: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}  # (scalar, what it is over) -> points
     for event in events:
         if event["type"] == "scalars":
             for name, value in event.items():
                 if name not in ("type", "step", "time") and value is not None:
-                    curves.setdefault(name, []).append((event["step"], value))
+                    curves.setdefault((name, "step"), []).append((event["step"], value))
+            if event.get("k") and event.get("grad_norm"):
+                curves.setdefault(("grad_norm", "k"), []).append((event["k"], event["grad_norm"]))
     if not curves:
         raise ValueError("no scalars to draw")
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (name, points) in zip(panels, curves.items(), strict=False):
-        panel.plot(*zip(*points, strict=True), linewidth=1)
+    for panel, ((name, over), points) in zip(panels, curves.items(), strict=False):
+        panel.plot(*zip(*points, strict=True), "-" if over == "step" else ".", linewidth=1)
         panel.set_title(name, fontsize=9)
-        panel.set_xlabel("step", fontsize=8)
+        panel.set_xlabel(over, fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     for panel in list(figure.axes)[len(curves) :]:

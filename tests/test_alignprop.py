@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignkit.artifacts import LORA_WEIGHTS
+from alignkit.artifacts import LORA_WEIGHTS, load_json, read_events
 from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, parse, to_dict
 from alignkit.data import read_prompts
@@ -48,7 +48,10 @@ def lora_of(folder: Path) -> dict[str, torch.Tensor]:
 # It learns
 
 
-@pytest.mark.parametrize("plan", [PlanConfig(), PlanConfig("draft_k", {"k": 2})], ids=["alignprop", "draft_k"])
+LEARNING = {"alignprop": PlanConfig()} | {f"draft_{k}": PlanConfig("draft_k", {"k": k}) for k in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("plan", LEARNING.values(), ids=LEARNING)
 def test_learns_a_toy_reward(config, plan, monkeypatch):
     """From 0 to above 0.5 in 25 updates, by a mean shift of two latent channels.
 
@@ -297,6 +300,26 @@ def test_an_early_stop_keeps_the_best_lora_also_after_a_resume(config, monkeypat
     train(config("resumed", max_train_steps=3, **fields))
     script = [0.0, 1.0]  # the base's is measured anew
     assert_same(train(config("resumed", max_train_steps=9, **fields)), two)
+
+
+def test_a_reward_that_wants_one_colour_is_stopped(config, monkeypatch):
+    """Its pictures become alike; a run that allows half of that ends for it."""
+    monkeypatch.setattr(Base, "decode", lambda self, latents: torch.sigmoid(latents[:, :3]))
+    fields = {
+        "rewards": [RewardConfig("tests.toy_rewards:Flat")],
+        "max_train_steps": 20,
+        "validation_steps": 5,
+        "learning_rate": 5e-2,
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    }
+    whole = train(config("whole", **fields))
+    start, *_, end = load_json(whole / "checkpoint-20" / "state.json")["extra_state"]["validations"]
+    assert end["reward"] > start["reward"] and end["diversity"] < start["diversity"]
+    allowed = (start["diversity"] + end["diversity"]) / 2 / start["diversity"]
+    stopped = train(config("stopped", **fields, early_stop=EarlyStopConfig(enabled=True, min_diversity=allowed)))
+    *_, finish = read_events(stopped / "events.jsonl")
+    assert finish["type"] == "finish" and "the diversity of the validation images fell" in finish["reason"]
 
 
 def test_an_early_stop_still_exports(config, capsys):

@@ -308,6 +308,11 @@ def test_curves(tmp_path):
     plot_curves(EVENTS, tmp_path / "curves.png")
     image = Image.open(tmp_path / "curves.png")
     assert image.size == (1200, 260) and len(image.convert("L").getcolors()) > 10
+    by_k = [{"type": "scalars", "step": i, "time": 0.0, "grad_norm": 0.1 * i, "k": i % 3 + 1} for i in range(1, 9)]
+    plot_curves(by_k, tmp_path / "by_k.png")  # grad_norm and k over the steps, and grad_norm over k
+    assert Image.open(tmp_path / "by_k.png").size == (1200, 260)
+    plot_curves([{**event, "k": None} for event in by_k], tmp_path / "alone.png")
+    assert Image.open(tmp_path / "alone.png").size == (400, 260)
     with pytest.raises(ValueError, match="no scalars"):
         plot_curves(EVENTS[:1], tmp_path / "none.png")
 

@@ -171,6 +171,7 @@ def test_what_the_reward_gained(controlled_cells):
         controlled("segmentation", first, 0, 0.08),
         controlled("segmentation", reward, 0, 0.9, config="old"),
     )
+    assert "depth" not in controlnetpp_emoji.write_card(["depth"]).read_text()  # which has no cells
     _, _, *lines = controlnetpp_emoji.gains("segmentation").splitlines()
     assert lines == [
         "| first stage | 1 | mIoU -0.0200 | -5% | +0.0% | +0.0% |",

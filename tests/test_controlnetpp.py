@@ -523,6 +523,11 @@ def test_checkpointing_changes_no_gradient(config):
     one, two = train(config("one", **fields)), train(config("two", gradient_checkpointing=True, **fields))
     for ours, theirs in zip(scalars(one), scalars(two), strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    moments, others = (load_file(folder / "checkpoint-2" / "optimizer.safetensors") for folder in (one, two))
+    means = {name: moment for name, moment in moments.items() if name.endswith("/exp_avg")}  # of both gradients
+    largest = max(float(mean.abs().max()) for mean in means.values())
+    for name, mean in means.items():
+        torch.testing.assert_close(others[name], mean, rtol=1e-4, atol=1e-6 * largest, msg=name)
 
 
 def test_checkpointing_the_decoder_saves_memory(tiny_model):
@@ -543,7 +548,7 @@ def test_checkpointing_the_decoder_saves_memory(tiny_model):
     plain = load_base(tiny_model, random_init=True)
     checkpointed = load_base(tiny_model, random_init=True)
     checkpointed.vae.enable_gradient_checkpointing()
-    assert saved(checkpointed) < saved(plain) / 2
+    assert saved(checkpointed) < saved(plain) / 4
 
 
 def test_two_processes_equal_one(config, tmp_path):

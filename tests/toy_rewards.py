@@ -15,6 +15,13 @@ class Red(Reward):
         return torch.tanh(8 * (images[:, 0] - images[:, 2]).mean((1, 2)))
 
 
+class Flat(Reward):
+    """Minus the spread of an image's pixels: what it likes best is one colour."""
+
+    def score(self, images: Tensor, prompts, **columns) -> Tensor:
+        return -(images - images.mean((1, 2, 3), keepdim=True)).square().mean((1, 2, 3))
+
+
 class Detached(Red):
     def score(self, images: Tensor, prompts, **columns) -> Tensor:
         return super().score(images, prompts).detach()

@@ -256,6 +256,8 @@ def write_card(conditions: Sequence[str]) -> Path:
     """Tables and strips of what is there, beside the cells."""
     parts = ["# ControlNet++ on the emoji world", "By `python tests/benchmarks/controlnetpp_emoji.py --card`."]
     for condition in conditions:
+        if not any(find(condition, arm, seed) for arm in arms_of(condition) for seed in SEEDS):
+            continue
         parts += [table(condition), gains(condition)]
         for seed in SEEDS:
             path = RESULTS.with_name(f"controlnetpp_{condition}_{seed}.png")
