@@ -96,6 +96,7 @@ def test_the_text_of_a_concept_is_little_beside_the_network():
 def test_alignits_table(tmp_path, monkeypatch):
     """One row of current cells, each concept once: what was lost, what came back, and what became of the identity."""
     monkeypatch.setattr(alignit_emoji, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr("alignkit.emoji.measure.world_hash", lambda: "w")  # which reads all weights
 
     def arm(others, identity):
         return {"others": others, "identity": identity}
@@ -115,9 +116,10 @@ def test_alignits_table(tmp_path, monkeypatch):
 
 def test_netis_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(neti_emoji, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr("alignkit.emoji.measure.world_hash", lambda: "w")
 
-    def cell(wanted, curve, kept=()):
-        points = [(step, None, value) for step, value in zip(neti_emoji.STEPS, curve, strict=True)]
+    def cell(wanted, drawn, kept=()):
+        points = [(step, None, value) for step, value in zip(neti_emoji.STEPS, drawn, strict=True)]
         points += [
             (neti_emoji.STEPS[-1], units, value) for units, value in zip(neti_emoji.TRUNCATIONS, kept, strict=False)
         ]
@@ -129,9 +131,9 @@ def test_netis_tables(tmp_path, monkeypatch):
     rows = [cell(wanted, [1.0 - wanted["learning_rate"]] * 4) for wanted in neti_emoji.sweep()]
     for i in (0, 1):
         curves = {"neti": (0.25, 0.5, 0.75, 1.0), "neti without bypass": (0.1, 0.2, 0.3, 0.625)}
-        for arm, curve in curves.items():
+        for arm, drawn in curves.items():
             kept = (0.25, 0.5, 0.75) if arm == "neti" else ()
-            rows.append(cell(neti_emoji.key(arm, "A", i, rates[arm]), curve, kept))
+            rows.append(cell(neti_emoji.key(arm, "A", i, rates[arm]), drawn, kept))
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = neti_emoji.table()
     assert "| A | neti without bypass | image_similarity | +0.375 | +0.375 to +0.375 |" in table
