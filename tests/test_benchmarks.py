@@ -187,6 +187,7 @@ def test_what_the_reward_gained(controlled_cells):
 def test_alignits_table(tmp_path, monkeypatch):
     """One row of current cells, each concept once: what was lost, what came back, and what became of the identity."""
     monkeypatch.setattr(alignit_emoji, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr("alignkit.emoji.measure.world_hash", lambda: "w")  # which reads all weights
 
     def arm(others, identity):
         return {"others": others, "identity": identity}
@@ -206,9 +207,10 @@ def test_alignits_table(tmp_path, monkeypatch):
 
 def test_netis_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(neti_emoji, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr("alignkit.emoji.measure.world_hash", lambda: "w")
 
-    def cell(wanted, curve, kept=()):
-        points = [(step, None, value) for step, value in zip(neti_emoji.STEPS, curve, strict=True)]
+    def cell(wanted, drawn, kept=()):
+        points = [(step, None, value) for step, value in zip(neti_emoji.STEPS, drawn, strict=True)]
         points += [
             (neti_emoji.STEPS[-1], units, value) for units, value in zip(neti_emoji.TRUNCATIONS, kept, strict=False)
         ]

@@ -267,7 +267,9 @@ def test_a_style_is_part_of_what_alignit_keeps(kind, new_pipe, model):
     for name, got in ours.items():
         assert torch.equal(got[0], base[name][0]), "negative prompt"
         assert torch.equal(got[1, : noun.start], base[name][1, : noun.start])
-        assert torch.equal(got[1, noun.start : noun.start + n], custom[name][1, rows])
+        tolerance = 1e-5 if kind == "neti" else 0.0  # whose text is encoded up to the concept only
+        own = got[1, noun.start : noun.start + n]
+        torch.testing.assert_close(own, custom[name][1, rows], rtol=tolerance, atol=tolerance)
         behind = 40 - noun.start - max(n, noun.stop - noun.start)
         assert torch.equal(got[1, noun.start + n :][:behind], base[name][1, noun.stop :][:behind])
 

@@ -7,6 +7,7 @@ from alignkit.data import (
     Buckets,
     bucket_sizes,
     check_concept,
+    check_concept_image,
     image_shape,
     load_image,
     open_image,
@@ -107,6 +108,20 @@ def test_what_is_odd_is_said_and_what_is_wrong_is_refused_all_at_once(tmp_path, 
         "'a toy'",
     ):
         assert part in str(error.value)
+
+
+def test_a_caption_holds_the_placeholder_as_a_word(tmp_path):
+    """One within another word would train nothing."""
+    picture(tmp_path / "a.png")
+    for caption, placeholder, found in [
+        ("two <thing>s", "<thing>", True),
+        ("a <thing>_1", "<thing>", False),
+        ("my qxz.", "qxz", True),
+        ("two qxzs", "qxz", False),
+    ]:
+        (tmp_path / "a.txt").write_text(caption)
+        wrong = check_concept_image(tmp_path / "a.png", 64, placeholder)[2]
+        assert (wrong == []) == found, caption
 
 
 def test_a_folder_without_images(tmp_path):

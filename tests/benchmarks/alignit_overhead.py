@@ -2,13 +2,17 @@
 
     python tests/benchmarks/alignit_overhead.py [--side 32] [--repeats 5]
 
-Random weights of SD 1.5's architecture, one prompt with guidance. Arms: the plain U-Net; AlignIT of Textual Inversion
-(rows exchanged in the embedding); AlignIT of a LoRA (two sets of W_k and W_v, through the context bank).
+Random weights of SD 1.5's architecture, one prompt with guidance, a timestep that was not seen before at every call.
+AlignIT of Textual Inversion (rows exchanged in the embedding), of P+ and NeTI (text by layer and timestep, through the
+context bank) against the plain U-Net; of Custom Diffusion and a LoRA (two sets of W_k and W_v) against the U-Net with
+it. A whole U-Net of DreamBooth costs what Custom Diffusion does.
 """
 
 import time
 from argparse import ArgumentParser
 from contextlib import nullcontext
+from functools import partial
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignkit.alignit import Concept, alignit
 from alignkit.base import add_lora, load_base
+from alignkit.concepts import create
+from alignkit.customized import load_custom_diffusion, save_custom_diffusion
 
 
 @torch.no_grad()
@@ -27,18 +33,30 @@ def main() -> None:
     base = load_base("sd15", random_init=True)
     pipe, x_t = base.pipeline(), torch.randn(2, 4, args.side, args.side)
     pipe.load_textual_inversion({"<t>": torch.randn(pipe.text_encoder.config.hidden_size)})
-    prompt, concept = "a <t> on a hat", Concept("<t>", "x")
-    arms = {"plain": nullcontext, "Textual Inversion": lambda: alignit(pipe, [concept])}
-    results = {name: measure(pipe, prompt, x_t, arm, args.repeats) for name, arm in arms.items()}
+    token, prompt = Concept("<t>", "x"), "a {} on a hat"
+
+    def compare(concepts: dict[str, Concept]) -> None:
+        """AlignIT of these against the pipeline as it is."""
+        flops_0, seconds_0 = measure(pipe, prompt.format("<t>"), x_t, nullcontext, args.repeats)
+        for name, concept in concepts.items():
+            arm = partial(alignit, pipe, [concept])
+            flops, seconds = measure(pipe, prompt.format(concept.phrase), x_t, arm, args.repeats)
+            print(
+                f"AlignIT of {name}: FLOPs {100 * (flops / flops_0 - 1):+.2f} % ({flops / 1e9:.0f} against "
+                f"{flops_0 / 1e9:.0f} GFLOP), time {100 * (seconds / seconds_0 - 1):+.1f} % ({seconds:.2f} s a call)",
+                flush=True,
+            )
+
+    learned = {kind: create(kind, base, "<u>", "x") for kind in ("p_plus", "neti")}
+    rows = {"P+": Concept("<u>", "x", learned=learned["p_plus"]), "NeTI": Concept("<u>", "x", learned=learned["neti"])}
+    compare({"Textual Inversion": token} | rows)
+    with TemporaryDirectory() as folder:
+        stock = dict(pipe.unet.attn_processors)
+        load_custom_diffusion(pipe, save_custom_diffusion(folder, pipe.unet))
+    compare({"Custom Diffusion": token})
+    pipe.unet.set_attn_processor(stock)
     add_lora(base.unet, 4, 4, ["to_q", "to_k", "to_v", "to_out.0"])
-    results["plain LoRA"] = measure(pipe, prompt, x_t, nullcontext, args.repeats)
-    results["LoRA"] = measure(pipe, prompt, x_t, lambda: alignit(pipe, [concept]), args.repeats)
-    for name, reference in (("Textual Inversion", "plain"), ("LoRA", "plain LoRA")):
-        (flops, seconds), (flops_0, seconds_0) = results[name], results[reference]
-        print(
-            f"AlignIT of {name}: FLOPs {100 * (flops / flops_0 - 1):+.2f} % ({flops / 1e9:.0f} against "
-            f"{flops_0 / 1e9:.0f} GFLOP), time {100 * (seconds / seconds_0 - 1):+.1f} % ({seconds:.2f} s a call)"
-        )
+    compare({"a LoRA": token})
 
 
 def measure(pipe, prompt, x_t, arm, repeats) -> tuple[int, float]:
@@ -49,9 +67,9 @@ def measure(pipe, prompt, x_t, arm, repeats) -> tuple[int, float]:
         with FlopCounterMode(display=False) as counter:
             pipe.unet(x_t, 500, text)
         times = []
-        for _ in range(repeats):
+        for i in range(repeats):
             started = time.perf_counter()
-            pipe.unet(x_t, 500, text)
+            pipe.unet(x_t, 501 + i, text)
             times.append(time.perf_counter() - started)
     return counter.get_total_flops(), float(np.median(times))
 
