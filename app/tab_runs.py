@@ -63,8 +63,8 @@ def build(page: ui.Page) -> None:
         return str(jobs.status(page.folder, run)), jobs.samples(page.folder, run), jobs.config_of(page.folder, run)
 
     @ui.said
-    def download(run: str):
-        return gr.File(jobs.artifacts(page.folder, run), visible=True)
+    def download(run: str) -> list[str]:
+        return jobs.artifacts(page.folder, run)
 
     @ui.said
     def ask(run: str):
@@ -94,7 +94,7 @@ def build(page: ui.Page) -> None:
     run.change(lambda: (gr.File(visible=False), gr.Group(visible=False)), None, [files, asking], **ui.QUICK)
     pack.click(
         download, run, files, api_name="run_files", show_progress_on=status, **public | {"show_progress": "full"}
-    )  # fmt: skip
+    ).success(lambda: gr.File(visible=True), None, files, **ui.QUICK)  # fmt: skip
     delete.click(ask, run, [question, asked, asking], **ui.ACTION)
     keep.click(lambda: gr.Group(visible=False), None, asking, **ui.QUICK)
     sure.click(remove, asked, [table, run, several, asking], **ui.ACTION)

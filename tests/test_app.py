@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from gradio.components.image_editor import EditorData, EditorDataBlobs
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -1004,6 +1005,16 @@ def test_errors_are_sentences():
         "The machine says: No space left on device."
     )
     assert "memory" in fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")).message
+
+
+def test_a_drawing_of_the_browser_is_handed_on_as_a_file():
+    """It comes as bytes, before the event that names it; what they are is looked at later, as of any upload."""
+    pad = ui.sketch_upload()
+    for content in (png_bytes(), b"no picture", None):
+        pad.blob_storage["drawn"] = EditorDataBlobs(background=None, layers=[], composite=content)
+        path = pad.preprocess(EditorData(id="drawn"))
+        assert path is None if content is None else Path(path).read_bytes() == content
+    assert pad.blob_storage == {} and pad.preprocess(EditorData(id="drawn")) is None and pad.preprocess(None) is None
 
 
 def test_errors_of_generators_are_sentences():

@@ -113,6 +113,7 @@ def test_a_drawing_is_followed_with_a_concept_and_alignit(screen):
     screen.get_by_role("tab", name="Draw").click()
     canvas = screen.locator("#sketch canvas").first
     expect(canvas).to_be_visible(timeout=WAIT)
+    screen.locator("#sketch").get_by_role("button", name="Brush").click()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     for x, y in ((0.3, 0.3), (0.7, 0.3), (0.5, 0.7)):
@@ -123,7 +124,7 @@ def test_a_drawing_is_followed_with_a_concept_and_alignit(screen):
     screen.get_by_role("button", name="Preview what the ControlNet will see").click()
     expect(screen.locator("#seen img")).to_be_visible(timeout=WAIT)
     screen.locator("#generate").click()
-    expect(screen.locator("#tuned_image img")).to_be_visible(timeout=WAIT)
+    expect(screen.locator("#tuned_image img")).to_be_visible(timeout=3 * WAIT)  # AlignIT draws more than one picture
     keep(screen, "drawing")
 
 
@@ -147,7 +148,7 @@ def test_explore(screen, tmp_path):
 
 
 def test_by_the_keyboard_alone(screen):
-    """Tabs by the arrows, from field to button by Tab, drawing by Enter."""
+    """From field to button by Tab, drawing and other tabs by Enter."""
     prompt = screen.locator("#prompt textarea")
     for _ in range(40):
         if prompt.evaluate("field => field === document.activeElement"):
@@ -160,7 +161,8 @@ def test_by_the_keyboard_alone(screen):
     screen.keyboard.press("Enter")
     expect(screen.locator("#base_image img")).to_be_visible(timeout=WAIT)
     screen.get_by_role("tab", name="Generate", exact=True).first.focus()
-    screen.keyboard.press("ArrowRight")
+    screen.keyboard.press("Tab")
+    screen.keyboard.press("Enter")
     expect(screen.locator("#alignprop_start")).to_be_visible(timeout=WAIT)
 
 
