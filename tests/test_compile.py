@@ -1,7 +1,5 @@
 """`torch_compile`: every trainer leaves the same artifact with it as without, under the same names."""
 
-import os
-import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -114,16 +112,14 @@ def test_a_network_whose_hooks_come_and_go_is_compiled_by_blocks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "backend"), [*((name, "aot_eager") for name in TRAINERS), ("alignprop", "inductor")])
-def test_the_same_artifact_as_without(tiny_model, tmp_path, name, backend):
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_same_artifact_as_without(tiny_model, tmp_path, name):
     trainer, fields = TRAINERS[name]
-    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("inductor needs a C++ compiler")
     config = {"trainer": trainer, "tiny_model": tiny_model, "folder": tmp_path} | fields
     plain = trainer.train(config_of(**config, output_dir=str(tmp_path / "plain")))
     torch._dynamo.reset()
     counters.clear()
-    compiled = trainer.train(config_of(**config, output_dir=str(tmp_path / "compiled"), torch_compile=backend))
+    compiled = trainer.train(config_of(**config, output_dir=str(tmp_path / "compiled"), torch_compile="aot_eager"))
     assert counters["stats"]["unique_graphs"] > 0
     assert_same(plain, compiled, tolerance=1e-5)
     for ours, theirs in zip(reproducible(plain), reproducible(compiled), strict=True):
