@@ -101,7 +101,8 @@ class MeanIoU(MulticlassJaccardIndex):
         super().__init__(num_classes, ignore_index=IGNORE, validate_args=False)
 
     def update(self, extracted: Tensor, targets: Tensor) -> None:
-        super().update(extracted, targets)
+        if not extracted.is_meta:  # a plan has no classes to count, nor how many are labelled
+            super().update(extracted, targets)
 
 
 def distinct_colors(number: int) -> Tensor:
