@@ -193,41 +193,6 @@ def test_a_config_that_reaches_out_is_refused(screen):
     expect(screen.get_by_test_id("toast-body")).to_contain_text("only files of this page", timeout=WAIT)
 
 
-def test_a_config_goes_out_and_comes_back(screen, tmp_path):
-    """The form's values are in the file that is downloaded, and in the form again when it is uploaded."""
-    go_to(screen, "Align")
-    steps = screen.locator("#alignprop_max_train_steps input")
-    steps.fill("123")
-    steps.press("Tab")
-    screen.get_by_role("button", name="All settings (YAML)").filter(visible=True).click()
-    expect(screen.locator("#alignprop_yaml")).to_contain_text("max_train_steps: 123", timeout=WAIT)
-    with screen.expect_download() as download:
-        screen.locator("#alignprop_download").click()
-    file = tmp_path / "config.yaml"
-    download.value.save_as(file)
-    text = file.read_text()
-    assert "max_train_steps: 123" in text and "#" in text
-    file.write_text(text.replace("123", "45"))
-    screen.locator("#alignprop_upload input[type=file], input[type=file][accept*='yaml']").first.set_input_files(file)
-    expect(steps).to_have_value("45", timeout=WAIT)
-
-
-def test_the_password_is_asked_for(browser, tmp_path):
-    with serving(tmp_path, {"emoji": "emoji"}, password="sesame") as url:
-        context = browser.new_context()
-        context.set_default_timeout(WAIT)
-        screen = context.new_page()
-        screen.goto(url)
-        for password in ("guess", "sesame"):
-            screen.get_by_label("username").fill("alignkit")
-            screen.get_by_label("password").fill(password)
-            screen.get_by_role("button", name="Login").click()
-            if password == "guess":
-                expect(screen.get_by_text("Incorrect Credentials")).to_be_visible(timeout=WAIT)
-        expect(screen.locator("#prompt textarea")).to_be_visible(timeout=WAIT)
-        context.close()
-
-
 def test_drawing_is_cancelled(screen, monkeypatch):
     told = generate.Timer.__call__
     monkeypatch.setattr(generate.Timer, "__call__", lambda *args: (time.sleep(0.2), told(*args)))  # a real model's pace
