@@ -126,11 +126,10 @@ class Models:
             raise ValueError(f"This page offers {', '.join(self.bases)}, got {name!r}.")
         if self._base is None or self._base[0] != name:
             self._base = self._composed = None  # the old one goes before the new one comes
-            cuda = torch.cuda.is_available()
-            base = load_base(
-                self.bases[name], device="cuda" if cuda else "cpu", dtype=torch.float16 if cuda else torch.float32
-            )
-            self._base = (name, base)
+            device, dtype = "cpu", torch.float32
+            if torch.cuda.is_available():  # float16 ends at 65,504, which SD 2.1's attention passes
+                device, dtype = "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            self._base = (name, load_base(self.bases[name], device=device, dtype=dtype))
         return self._base[1]
 
     def composed(self, settings: Settings) -> Any:
@@ -322,9 +321,14 @@ def draw(
     else:
         import torch
 
+        from alignkit.artifacts import network_of
+        from alignkit.base import require_finite
+
         pipe = models.plain(settings.base)
-        generator = torch.Generator().manual_seed(settings.seed)
-        image = pipe(_without_concepts(models.folder, settings), generator=generator, **options).images[0]
+        options |= {"generator": torch.Generator().manual_seed(settings.seed), "output_type": "pt"}
+        images = pipe(_without_concepts(models.folder, settings), **options).images
+        require_finite(images, network_of(pipe).dtype)
+        image = pipe.image_processor.postprocess(images, output_type="pil", do_denormalize=[False])[0]
     image = models.check_safety(image)
     return with_settings(image, settings, control if tuned else None)
 
