@@ -110,6 +110,10 @@ def test_the_race_over_seeds():
     assert "| 500 (300 to 800) | 500.0 (300.0 to 800.0) | 2.5 (2.0 to 3.0) | 2.5 (2.0 to 3.0) |" in refl
     assert "| more than 2,000 (1,000 to 4,000) |" in ddpo and "| more than 15.0 (10.0 to 20.0) |" in ddpo
     assert race_over_seeds(cells[-1:]).splitlines()[2].endswith("|  |  |")
+    by_images, by_minutes = alignprop_emoji.plot(cells).axes
+    assert [line.get_xdata()[-1] for line in by_images.lines[1:]] == [cell["curve"][-1]["images"] for cell in cells]
+    assert [text.get_text() for text in by_images.get_legend().get_texts()] == list(curves)
+    assert by_minutes.lines[1].get_xdata()[-1] == cells[0]["curve"][-1]["seconds"] / 60
 
 
 def test_the_text_of_a_concept_is_little_beside_the_network():
@@ -226,6 +230,7 @@ def test_netis_tables(tmp_path, monkeypatch):
             kept = (0.25, 0.5, 0.75) if arm == "neti" else ()
             rows.append(cell(neti_emoji.key(arm, "A", i, rates[arm]), values, kept))
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert neti_emoji.sweep_table().splitlines()[6] == "| neti | 0.01 | 0.990 | 0.000 | 0.000 |"
     table = neti_emoji.table()
     assert "| A | neti without bypass | image_similarity | +0.375 | +0.375 to +0.375 |" in table
     assert "| A | neti without bypass, 300 steps | 150 | 150 to 150 |" in table  # half-way from 100 to 200

@@ -3,6 +3,7 @@
     python tests/benchmarks/alignprop_emoji.py --run                  # the cells that are missing
     python tests/benchmarks/alignprop_emoji.py --run --arm DDPO --seed 0
     python tests/benchmarks/alignprop_emoji.py                        # the tables of what is there
+    python tests/benchmarks/alignprop_emoji.py --plot docs/race.png   # and the race's curves
 
 A cell trains a LoRA by the trainer's own command line and has `alignkit evaluate reward` compare it with the base. It
 is found again by arm, seed, config and the hash of the world's weights, so only what is missing is run. All cells train
@@ -26,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "alignprop_emoji.jsonl"
@@ -237,14 +240,38 @@ def spread(runs: dict[int, Sequence[dict]], values: Sequence[float], form: str) 
     return f"{bound}{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def current_cells() -> list[dict]:
+    """Those of today's configs and weights, by arm and seed."""
+    found = [cell for cell in cells() if cell["arm"] in ARMS and key(cell["arm"], cell["seed"]).items() <= cell.items()]
+    return sorted(found, key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
+
+
+def plot(racers: Sequence[dict]) -> Figure:
+    """The race: gain against images and against minutes, a line a seed."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    colors = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(cell["arm"] for cell in racers))}
+    for axes, what, label in zip(panels, ("images", "seconds"), ("images scored", "minutes of training"), strict=True):
+        axes.axhline(GOAL, color="gray", linewidth=0.8, linestyle=":")
+        for cell in racers:
+            x = [point[what] / (60 if what == "seconds" else 1) for point in cell["curve"]]
+            first = cell is next(other for other in racers if other["arm"] == cell["arm"])
+            gains = [point["gain"] for point in cell["curve"]]
+            axes.plot(x, gains, ".-", color=colors[cell["arm"]], label=cell["arm"] if first else None)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("aesthetic gain, SD of the base's scores")
+    panels[0].legend()
+    return figure
+
+
 def table() -> str:
     """Markdown: for each arm, every seed's gain in the figures that the arm is about; the race; that over the seeds."""
     figures = ["aesthetic_gain_sd", "present", "alignment", "exact", "pieces_matching", "present_kept"]
     rows = ["| arm | seed | " + " | ".join(figures) + " |", "|---" * (len(figures) + 2) + "|"]
-    current = [
-        cell for cell in cells() if cell["arm"] in ARMS and key(cell["arm"], cell["seed"]).items() <= cell.items()
-    ]
-    current.sort(key=lambda cell: (list(ARMS).index(cell["arm"]), cell["seed"]))
+    current = current_cells()
     for cell in current:
         values = []
         for figure in figures:
@@ -261,6 +288,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run the cells that are missing")
     parser.add_argument("--arm", choices=list(ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--plot", metavar="FILE", help="write the race's curves as a picture")
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     if args.run:
@@ -269,6 +297,8 @@ def main() -> None:
                 wanted = key(arm, seed)
                 if not any(wanted.items() <= cell.items() for cell in cells()):
                     run_cell(arm, seed)
+    if args.plot:
+        plot([cell for cell in current_cells() if "curve" in cell]).savefig(args.plot, dpi=100)
     print(table())
 
 

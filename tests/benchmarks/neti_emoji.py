@@ -198,6 +198,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def sweep_table() -> str:
+    """Markdown: what every rate gave at the last step, the mean over the concepts that choose it."""
+    lines = ["| arm | learning rate | " + " | ".join(FIGURES) + " |", "|---" * (2 + len(FIGURES)) + "|"]
+    for arm in ARMS:
+        for rate in RATES:
+            there = [find(key(arm, "A", CONCEPTS + i, rate)) for i in range(SWEPT)]
+            if all(there):
+                means = (f"{np.mean([at(cell)[figure] for cell in there]):.3f}" for figure in FIGURES)
+                lines.append(f"| {arm} | {rate} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
 def picture(tier: str = "A", number: int = 6) -> Image.Image:
     """The first concepts that every method has: a row each of one that was shown, and each method's first seed."""
     from alignkit.personalization import EMOJI_PROMPTS
@@ -241,8 +253,9 @@ def main() -> None:
             run_cell(wanted)
     if args.picture:
         picture(*(args.tier or "A")[:1]).save(args.picture)
+    print(sweep_table())
     if not args.sweep:
-        print(table())
+        print(f"\n{table()}")
 
 
 if __name__ == "__main__":
