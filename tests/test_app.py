@@ -442,15 +442,16 @@ def test_a_base_is_offered_the_configs_of_its_family(tmp_path):
         save_json(config, tmp_path / f"{part}-{len(config)}" / part / "config.json")
         return str(tmp_path / f"{part}-{len(config)}")
 
+    sd15 = ("sd15", "sd15_aesthetic", "sd15_hps", "sd15_refl")
     offered = {
         "emoji": ("emoji", "emoji_aesthetic", "emoji_alignment", "emoji_pairs", "emoji_three"),
-        model("unet", cross_attention_dim=768): ("sd15",),
+        model("unet", cross_attention_dim=768): sd15,
         model("unet", cross_attention_dim=1024, a=1): ("sd21",),
         model("unet", cross_attention_dim=2048, a=1, b=1): ("sdxl",),
         model("transformer", _class_name="SD3Transformer2DModel"): ("sd3",),
         model("transformer", _class_name="FluxTransformer2DModel", a=1): ("flux",),
         "stabilityai/stable-diffusion-2-1": ("sd21",),
-        "somebody/model": ("sd15", "flux", "sd21", "sd3", "sdxl"),
+        "somebody/model": (*sd15, "flux", "sd21", "sd3", "sdxl"),
     }
     for place, names in offered.items():
         found = forms.presets("alignprop", "mine", place)
