@@ -78,7 +78,7 @@ def test_a_controlnet_is_shown_what_it_was_trained_on(tmp_path, monkeypatch, cap
     args = {"model": "emoji/training/segmenter", "palette": str(palette), "resolution": 32}
     folder = trained_on(tmp_path / "controlnet", name="segmentation", args=args)
     base, shown = load_base("emoji", random_init=True, shrink=8), []
-    monkeypatch.setattr("alignkit.base.load_base", lambda name, device, dtype: base)
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, **options: base)
     save_controlnet(folder, new_controlnet(base.unet, base.vae_scale_factor))
 
     def draw(base, controlnet, control, prompts, seeds, **settings):

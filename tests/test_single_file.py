@@ -197,7 +197,9 @@ def test_a_file_and_a_config_of_two_families(name, model, tmp_path):
 COMMANDS = {
     "generate": lambda **base: cli.generate("a cat", **base),
     "mix": lambda **base: cli.mix(["a=1"], "mixture", **base),
-    "controllability": lambda model, base_config: evaluate.controllability(base=model, base_config=base_config),
+    "controllability": lambda model, base_config: evaluate.controllability(
+        condition="canny", clip="emoji/evaluator/clip", base=model, base_config=base_config
+    ),
     "alignment": lambda **base: evaluate.alignment("concept", "prompts.txt", "images", clip="clip", **base),
     "manipulation": lambda **base: evaluate.manipulation("a {}", ["cat", "dog"], **base),
     "personalization": lambda **base: personalization.evaluate(
