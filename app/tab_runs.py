@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import gradio as gr
-import pandas as pd
 
 from app import jobs, safety, ui
 from app.generate import Cancelled
@@ -83,7 +82,7 @@ def build(page: ui.Page) -> None:
 
     @ui.said
     def compare(runs: list[str], curve: str):
-        rows = pd.DataFrame(jobs.curves(page.folder, runs or []), columns=["run", "step", "curve", "value"])
+        rows = ui.curves(page.folder, runs or [])
         names = sorted(rows["curve"].unique())
         curve = curve if curve in names else (names[0] if names else None)
         return gr.LinePlot(rows[rows["curve"] == curve], y_title=curve), gr.Dropdown(names, value=curve)

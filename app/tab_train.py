@@ -3,7 +3,6 @@
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from app import data, forms, generate, jobs, safety, ui
 
@@ -211,7 +210,7 @@ def _watched(page: ui.Page, method: str) -> tuple[gr.Dropdown, dict[str, Any]]:
             told = f"There is no run {run}." if run else "No training yet."
             return told, gr.skip(), [], "", gr.skip(), "", gr.Timer(active=False)
         state = jobs.status(page.folder, run)
-        table = pd.DataFrame(jobs.curves(page.folder, [run]), columns=["run", "step", "curve", "value"])
+        table = ui.curves(page.folder, [run])
         names = sorted(table["curve"].unique())
         if curve not in names:
             curve = next((name for name in FIRST_CURVES if name in names), names[0] if names else None)

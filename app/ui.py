@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import pandas as pd
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import ImageData
 from gradio.processing_utils import save_bytes_to_cache
 
+from app import jobs
 from app.generate import Cancelled, Models
 
 BUTTONS = ["download", "fullscreen"]  # of pictures; Gradio's third one would share them with the world
@@ -23,6 +25,12 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # events that share
 ACTION = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # waits for nobody
 # What only looks is not even in the queue. It may not fail: out of the queue, Gradio shows no message.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def curves(folder: Path, runs: list[str]) -> pd.DataFrame:
+    """What `jobs.curves` has, for a plot. Numbers also when it is empty, or Gradio takes the later ones for names."""
+    table = pd.DataFrame(jobs.curves(folder, runs), columns=["run", "step", "curve", "value"])
+    return table.astype({"step": int, "value": float})
 
 
 @dataclass

@@ -220,6 +220,9 @@ def test_train_stop_reload_resume_compare_download_delete(screen, url, tmp_path)
     status = screen.locator("#alignprop_status")
     expect(status).to_contain_text("running", timeout=WAIT)
     expect(screen.locator("#alignprop_plot .mark-line path").first).to_be_attached(timeout=WAIT)
+    for axis in ("X", "Y"):  # numbers, and no names
+        shown = screen.locator(f'#alignprop_plot [aria-label^="{axis}-axis"]').first
+        expect(shown).to_have_attribute("aria-label", re.compile("linear scale"), timeout=WAIT)
     expect(screen.locator("#alignprop_pictures img").first).to_be_visible(timeout=WAIT)
     expect(status).to_contain_text("left")
     keep(screen, "training")
