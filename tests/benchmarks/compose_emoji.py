@@ -1,7 +1,8 @@
 """All four parts in one call on the emoji world, and what each adds, by the evaluator: one picture and one table.
 
-    python tests/benchmarks/compose_emoji.py    # the LoRA, the ControlNet and the concept, a blue cat, that ship
-    python tests/benchmarks/compose_emoji.py --concept runs/neti/mine --tier A --seed 3    # others
+    python -m alignkit.emoji.concepts runs/data/thing --tier A --seed 0          # a sprite in a tint never seen on it
+    python tests/benchmarks/compose_emoji.py --lora runs/alignprop/emoji --concept runs/neti/emoji \
+        --controlnet runs/controlnetpp/emoji_lineart --condition lineart --tier A --seed 0
 
 Each of 16 scenes holds the concept and another sprite on a named colour; its control is what the ControlNet is shown.
 All arms draw the same prompts from the same noise:
@@ -9,12 +10,13 @@ All arms draw the same prompts from the same noise:
 - base: the class noun in the concept's place
 - LoRA, ControlNet, concept, concept + AlignIT: one part (or two) alone
 - all four
-- all four, best of 4; steered: with the training judge's alignment as reward, at sampling time; more of that is in
-  guidance_emoji.py
+- all four, best of 4; steered; ascent: with the training judge's alignment as reward, at sampling time
+- base, best of 4; steered; ascent: the same without the parts
 
 Figures: the evaluator's aesthetic score and cosine with the prompt; whether the second object is there and the
 background right; likeness to the concept's pictures by the identity judge; the distance to the control that was shown
-(the condition's own metrics). The reward is never what is reported. Some five minutes of one idle core.
+(the condition's own metrics). The reward is never what is reported. Some ten minutes of two idle cores, half of it the
+ascent.
 """
 
 import json
@@ -40,6 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 REWARDED = {
     "best of 4": {"best_of": 4},
     "steered": {"reward_scale": 0.1},
+    "ascent": {"ascent": {"steps": 10}},
 }
 
 
@@ -77,13 +80,14 @@ def arms(args: Namespace, controls: Tensor) -> dict[str, tuple]:
     }
     for name, settings in REWARDED.items():
         found[f"all four, {name}"] = (held, True, every | settings)
+        found[f"base, {name}"] = (free, False, plain | settings)
     return {name: arm for name, arm in found.items() if not args.arm or name in args.arm}
 
 
 def draw(args: Namespace, composed, says: bool, settings: dict, wanted: list[dict]) -> Tensor:
     composed.pipe.set_progress_bar_config(disable=True)
     (own,) = (concept.concept for concept in composed.concepts.values())
-    reward = alignkit.build_reward("alignment") if {"best_of", "reward_scale"} & set(settings) else None
+    reward = alignkit.build_reward("alignment") if {"best_of", "reward_scale", "ascent"} & set(settings) else None
     images = []
     for i, want in enumerate(wanted):
         one = settings | (
@@ -123,12 +127,12 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     warnings.filterwarnings("ignore", "No placeholder in")  # of the arms that say the class noun
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lora", default="emoji/examples/aesthetic")
-    parser.add_argument("--controlnet", default="emoji/examples/depth")
-    parser.add_argument("--condition", default="depth")
-    parser.add_argument("--concept", default="emoji/examples/neti")
+    parser.add_argument("--lora", default="runs/alignprop/emoji")
+    parser.add_argument("--controlnet", default="runs/controlnetpp/emoji_lineart")
+    parser.add_argument("--condition", default="lineart")
+    parser.add_argument("--concept", default="runs/neti/emoji")
     parser.add_argument("--tier", default="A", choices=["A", "B"])
-    parser.add_argument("--seed", type=int, default=16, help="which concept, as of alignkit.emoji.concepts")
+    parser.add_argument("--seed", type=int, default=0, help="which concept, as of alignkit.emoji.concepts")
     parser.add_argument("--number", type=int, default=16, help="scenes")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--arm", action="append", help="this one alone; may be repeated")
