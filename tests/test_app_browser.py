@@ -240,7 +240,9 @@ def test_train_stop_reload_resume_compare_download_delete(screen, url, tmp_path)
     stopped = int(re.search(r"(\d+) of 4000", status.inner_text())[1])
     screen.locator("#alignprop_resume").click()
     expect(status).to_contain_text("running", timeout=WAIT)
-    expect(status).to_contain_text("left", timeout=WAIT)
+    told = "/(\\d+) of 4000/.exec(document.querySelector('#alignprop_status').innerText)"
+    # its trainer has begun, so it saves when it is stopped
+    screen.wait_for_function(f"before => Number({told}?.[1]) > before", arg=stopped, timeout=WAIT)
     screen.locator("#alignprop_stop").click()
     expect(status).to_contain_text("resume goes on", timeout=WAIT)
     assert int(re.search(r"(\d+) of 4000", status.inner_text())[1]) > stopped
