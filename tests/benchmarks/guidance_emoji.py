@@ -56,7 +56,11 @@ def main() -> None:
     base = draw(composed, prompts)
     reference = evaluate.score(evaluator, "pairs", asked, base)
     spread = float(reference["aesthetic"].std())
-    rows, strip = [{"way": "base", "cost": 1} | evaluate.summary(reference, reference)], [base[:8]]
+    rows, strip = [], [base[:8]]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / RESULTS.name
+    file.unlink(missing_ok=True)
+    key = {"world_hash": world_hash(), "number": len(prompts), "num_inference_steps": STEPS}
     for reward in REWARDS:
         judge = alignkit.build_reward(reward)
         for way, (settings, cost) in WAYS.items():
@@ -68,11 +72,9 @@ def main() -> None:
                 row[f"{name}_gain"] = [round(float(g) / (spread if name == "aesthetic" else 1), 3) for g in gains]
             rows.append(row)
             strip.append(images[:8])
+            with open(file, "a", encoding="utf-8") as results:  # as they come: the ascent takes long
+                results.write(json.dumps(key | row) + "\n")
             print(json.dumps(row), flush=True)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    key = {"world_hash": world_hash(), "number": len(prompts), "num_inference_steps": STEPS}
-    with open(args.output_dir / RESULTS.name, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(key | row) + "\n" for row in rows)
     save_strip(args.output_dir / "guidance_emoji.png", strip)
     print("\n" + table(rows))
 
@@ -80,7 +82,7 @@ def main() -> None:
 def table(rows: list[dict]) -> str:
     """Markdown; gains of the aesthetic score in standard deviations of the base's."""
     lines = ["| reward | way | cost | aesthetic, SD | alignment | both objects | background |", "|---" * 7 + "|"]
-    for row in rows[1:]:
+    for row in rows:
         gains = [row[f"{name}_gain"] for name in FIGURES]
         cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain) for gain in gains]
         lines.append(f"| {row['reward']} | {row['way']} | {row['cost']} | {' | '.join(cells)} |")
