@@ -1,5 +1,6 @@
 """Prompts that are rewritten before they are drawn: by a function, or by a text-generation model of transformers."""
 
+import functools
 from collections.abc import Callable
 
 Refiner = Callable[[str], str]
@@ -13,18 +14,23 @@ INSTRUCTION = (
 def build_refiner(name: str | Refiner, instruction: str = INSTRUCTION, max_new_tokens: int = 64) -> Refiner:
     """A function from prompt to prompt: itself, or of a model, by folder or Hub name (safetensors).
 
-    A model is asked to continue `instruction`, with the prompt at {}, and its first line is taken; greedily, so that
-    the same prompt is always rewritten alike. Raises ValueError where there is no such model.
+    A decoder (GPT, Qwen, Llama) continues `instruction`, with the prompt at {}, an encoder-decoder (T5) answers it; the
+    first line is taken, greedily, so that the same prompt is always rewritten alike. The last model stays loaded.
+    Raises ValueError where there is no such model.
     """
-    if callable(name):
-        return name
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return name if callable(name) else _of_model(name, instruction, max_new_tokens)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_model(name: str, instruction: str, max_new_tokens: int) -> Refiner:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from alignkit.artifacts import read_pretrained
 
     try:
+        answers = AutoConfig.from_pretrained(name).is_encoder_decoder
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = read_pretrained(AutoModelForCausalLM, name).eval()
+        model = read_pretrained(AutoModelForSeq2SeqLM if answers else AutoModelForCausalLM, name).eval()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"refine: expected a function or a text-generation model, got {name!r}: {str(error).splitlines()[0]}"
@@ -33,7 +39,8 @@ def build_refiner(name: str | Refiner, instruction: str = INSTRUCTION, max_new_t
     def refine(prompt: str) -> str:
         inputs = tokenizer(instruction.format(prompt), return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
-        text = tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+        new = ids if answers else ids[inputs.input_ids.shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True).strip()
         return text.splitlines()[0].strip() if text else prompt
 
     return refine

@@ -18,7 +18,7 @@ from diffusers import (
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import alignkit
 from alignkit import concepts, customized
@@ -592,15 +592,31 @@ class Flat(Red):
     differentiable = False
 
 
-def test_a_model_rewrites_prompts(tmp_path):
-    """A random one: always alike, one line, in its own words."""
-    tokenizer = letters()
+def gpt2(tokenizer):
     sizes = {"n_positions": 512, "n_embd": 8, "n_layer": 1, "n_head": 1}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(tmp_path)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids))
+
+
+def t5(tokenizer):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes, **start))
+
+
+@pytest.mark.parametrize(("build", "answers"), [(gpt2, False), (t5, True)])
+def test_a_model_rewrites_prompts(tmp_path, build, answers):
+    """A random one: in its own words, as itself says them, always alike; and it is read once."""
+    tokenizer = letters()
+    model = build(tokenizer).eval()
+    model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    refine = build_refiner(str(tmp_path), max_new_tokens=4)
-    assert refine("a dog") == refine("a dog") and "\n" not in refine("a dog")
+    refine = build_refiner(str(tmp_path), "say {}", max_new_tokens=4)
+    ids = tokenizer("say a dog", return_tensors="pt").input_ids
+    said = model.generate(ids, max_new_tokens=4, do_sample=False)[0, 0 if answers else ids.shape[1] :]
+    said = tokenizer.decode(said, skip_special_tokens=True).strip() or "a dog"
+    assert refine("a dog") == said == refine("a dog")
+    assert build_refiner(str(tmp_path), "say {}", max_new_tokens=4) is refine
     with pytest.raises(ValueError, match="expected a function or a text-generation model"):
         build_refiner(str(tmp_path / "nothing"))
 
