@@ -849,6 +849,19 @@ def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
     found = find_cache(pipe.unet, ATTENTION_CACHES + BLOCK_CACHES)
     if found:
         raise kind(f"{found[0]} has the cache {found[1]}, which reuses what earlier steps computed: disable it.")
+    for name, module in pipe.unet.named_modules():
+        if name and _has_foreign_forward(module):
+            raise kind(
+                f"{name} has another forward than its class, as step caches like DeepCache put there, which reuse what "
+                "earlier steps computed: disable it."
+            )
+
+
+def _has_foreign_forward(module: nn.Module) -> bool:
+    """Offloading's and diffusers' own hooks call the class's; what they leave behind is the class's."""
+    own = vars(module).get("forward")
+    hooked = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return own is not None and not hooked and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:

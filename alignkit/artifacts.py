@@ -184,6 +184,17 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def contents_digest(path: str | os.PathLike) -> str:
+    """Of a file what it holds; of a folder the names and sizes of all in it, and what its texts hold (.txt, .jsonl)."""
+    path = Path(path)
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    texts = (".txt", ".jsonl")
+    said = [[str(f.relative_to(path)), f.stat().st_size, sha256(f) if f.suffix in texts else None] for f in files]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def read_events(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The events of a run, oldest first. A last line that a killed process left unfinished is passed over."""
     path = Path(path)

@@ -16,6 +16,7 @@ and several processes equal one on the same global batch.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ from alignkit import config, plan
 from alignkit.artifacts import (
     atomic,
     check_hub_login,
+    contents_digest,
     load_json,
     load_tensors,
     push_to_hub,
@@ -63,6 +65,7 @@ except ImportError:  # Windows: two processes in one output_dir go unnoticed the
 
 DRY_RUN_STEPS = 2  # the first warms up, the second is measured
 MIN_LOSS_SCALE = 2.0**-10  # fp16: a scale that falls below this is not going to recover
+DATA = ("prompt_file", "train_data_dir", "instance_data_dir")  # what is learnt from, as the trainers' configs name it
 
 
 def lr_factor(step: int, lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> float:
@@ -240,7 +243,16 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
-        return self._bound(config.to_dict(self.cfg)) | {"global_batch": self.global_batch}
+        return self._bound(config.to_dict(self.cfg)) | {"global_batch": self.global_batch} | self._data
+
+    @functools.cached_property
+    def _data(self) -> dict[str, str]:
+        places = {name: getattr(self.cfg, name, None) for name in DATA}
+        return {
+            f"contents of {name}": contents_digest(place)[:12]
+            for name, place in places.items()
+            if place and Path(place).exists()
+        }
 
     def _bound(self, fields: dict[str, Any]) -> dict[str, Any]:
         free = config.free_fields(self.cfg)

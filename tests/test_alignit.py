@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models import attention_processor
 from peft import LoraConfig
@@ -821,6 +822,22 @@ def test_processors_are_told_by_their_class_and_place(inversion):
 def test_step_cache(inversion):
     broadcast(inversion.pipe.unet)
     with pytest.raises(ValueError, match="reuses what earlier steps computed"), inversion.aligned():
+        pass
+
+
+def test_a_step_cache_of_others(inversion):
+    """DeepCache's way: the forward of a block is exchanged. What offloading leaves behind is the class's own."""
+    block = inversion.pipe.unet.down_blocks[0]
+    add_hook_to_module(block, ModelHook())
+    with inversion.aligned():
+        draw(inversion.pipe, prompt_of(inversion))
+    remove_hook_from_module(block)
+    with inversion.aligned():
+        draw(inversion.pipe, prompt_of(inversion))
+        own, block.forward = block.forward, lambda *args, **kwargs: own(*args, **kwargs)
+        with pytest.raises(RuntimeError, match=r"down_blocks.0 has another forward than its class"):
+            draw(inversion.pipe, prompt_of(inversion))
+    with pytest.raises(ValueError, match="DeepCache"), inversion.aligned():
         pass
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from alignkit.artifacts import read_events
 from alignkit.optimizers import PACKAGES
 from alignkit.run import Run, lr_factor
 from tests.torchrun import torchrun
-from tests.toy import launch, toy_config, toy_loss, toy_params, train
+from tests.toy import ToyConfig, launch, toy_config, toy_loss, toy_params, train
+
+
+@dataclass
+class OnData(ToyConfig):
+    prompt_file: str = ""
+    train_data_dir: str = ""
 
 
 def checkpoints(folder):
@@ -122,6 +129,25 @@ def test_another_config_is_refused_by_field(finished):
         Run(toy_config(finished, train_batch_size=3))
     with pytest.raises(ValueError, match=r"max_train_steps: 10 there, 9 now"):
         Run(toy_config(finished, max_train_steps=9))
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    """A resumed run equals an uninterrupted one, which has seen the same data to its end."""
+    folder, prompts = tmp_path / "pictures", tmp_path / "prompts.txt"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(b"cat")
+    (folder / "cat.txt").write_text("a cat")
+    prompts.write_text("a cat")
+    cfg = OnData(**vars(toy_config(tmp_path / "run")), prompt_file=str(prompts), train_data_dir=str(folder))
+    train(cfg)
+    for file, other in ((prompts, "a dog"), (folder / "cat.txt", "a dog"), (folder / "cat.png", "kitten")):
+        before = file.read_bytes()
+        file.write_text(other)
+        name = "prompt_file" if file == prompts else "train_data_dir"
+        with pytest.raises(ValueError, match=rf"another config:\n  contents of {name}: \w+ there, \w+ now\nResume"):
+            Run(cfg)
+        file.write_bytes(before)
+    assert train(cfg).position == 10
 
 
 def test_what_another_config_made_is_not_written_over(finished):
