@@ -15,7 +15,8 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+# small models gain nothing from threads; a file's tests share their fixtures, so they stay in one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 # A report that the owner of a GPU can send back; without a GPU, a sentence.
 gpu-check: $(VENV)/.installed-dev
