@@ -121,9 +121,10 @@ def filled(method: str, config: str, given: list[Any]) -> str:
 
 
 def presets(method: str, base: str, place: str) -> dict[str, str]:
-    """Name -> YAML of the configs for a base of the page, which is at `place`: a folder, a Hub name, or "emoji".
+    """Name -> YAML of the configs for a base of the page, whose own are at `place`: a folder, a Hub name, or "emoji".
 
-    A Hub name that no config has may be of any family but the emoji world's; so may a folder that does not say it.
+    A Hub name that no config has may be of any family but the emoji world's; so may a folder that does not say it, and
+    a file.
     """
     found = jobs.presets(method)
     family = _family(place)

@@ -109,8 +109,14 @@ class Settings:
 class Models:
     """One base at a time, and what was composed on it last. Used `in_turn`."""
 
-    def __init__(self, folder: Path, bases: Mapping[str, str], safety_checker: str | None = None):
-        self.folder, self.bases, self.safety_checker = folder, bases, safety_checker
+    def __init__(
+        self,
+        folder: Path,
+        bases: Mapping[str, str],
+        safety_checker: str | None = None,
+        base_config: str | None = None,
+    ):
+        self.folder, self.bases, self.safety_checker, self.base_config = folder, bases, safety_checker, base_config
         self._base: tuple[str, Any] | None = None
         self._composed: tuple[tuple, Any] | None = None
         self._checker: Any = None
@@ -129,7 +135,8 @@ class Models:
             device, dtype = "cpu", torch.float32
             if torch.cuda.is_available():  # float16 ends at 65,504, which SD 2.1's attention passes
                 device, dtype = "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            self._base = (name, load_base(self.bases[name], device=device, dtype=dtype))
+            config = jobs.config_of_base(self.bases[name], self.base_config)
+            self._base = (name, load_base(self.bases[name], device=device, dtype=dtype, config=config))
         return self._base[1]
 
     def composed(self, settings: Settings) -> Any:

@@ -51,7 +51,7 @@ def _build(page: ui.Page, method: str) -> None:
 def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.components.Component]]:
     """The run's name; and the YAML, the data and the fields that `_resolved` makes a config of."""
     first_base, place = next(iter(page.bases.items()))
-    presets = forms.presets(method, first_base, place)
+    presets = forms.presets(method, first_base, page.configs_of(first_base))
     first = next(iter(presets))
     example = "emoji" in page.bases.values() and method in ("neti", "customize")
     choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if example else [])]
@@ -76,12 +76,12 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
 
     @ui.said
     def choose(preset: str, base: str):
-        config = forms.presets(method, base, page.bases.get(base, base))[preset]
+        config = forms.presets(method, base, page.configs_of(base))[preset]
         return forms.about(config), config, *forms.values(method, config)
 
     @ui.said
     def rebase(base: str):
-        presets = forms.presets(method, base, page.bases.get(base, base))
+        presets = forms.presets(method, base, page.configs_of(base))
         first = next(iter(presets))
         return gr.Dropdown(list(presets), value=first), *choose(first, base)
 
@@ -152,14 +152,14 @@ def _buttons(
     @ui.said
     def start(name: str, *settings: Any):
         config = _resolved(page, method, *settings)
-        started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases)
+        started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases, page.base_config)
         return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
 
     @ui.said
     def measure(request: gr.Request, *settings: Any):
         config = _resolved(page, method, *settings)
         with ui.stoppable(page, request) as stopped:
-            said = jobs.dry_run(page.folder, method, config, page.bases)
+            said = jobs.dry_run(page.folder, method, config, page.bases, page.base_config)
             for words in said:
                 if stopped.is_set():
                     said.close()
@@ -203,7 +203,7 @@ def _watched(page: ui.Page, method: str) -> tuple[gr.Dropdown, dict[str, Any]]:
 
     @ui.said
     def go_on(run: str):
-        jobs.resume(page.folder, run, page.bases)
+        jobs.resume(page.folder, run, page.bases, page.base_config)
 
     def watch(run: str | None, curve: str | None, shown: str):
         if run not in jobs.runs(page.folder):
@@ -321,7 +321,7 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
     ):  # fmt: skip
         progress(0, desc="Loading")
         data.new_set(page.data, name)  # raises before any work
-        beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path")
+        beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path", "base_config")
         said = {key: value for key, value in safety.read_config(config).items() if key not in beside_the_point}
         jobs.check(page.folder, said, page.bases)
         resolution = said.get("resolution") or SMALLEST

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -23,9 +24,11 @@ import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from gradio.components.image_editor import EditorData, EditorDataBlobs
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import app.__main__
+from alignkit import load_base
 from alignkit.artifacts import save_json
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
@@ -34,6 +37,7 @@ from alignkit.data import read_concept_images
 from app import data, explore, forms, generate, jobs, page, safety, ui
 from app.generate import Settings
 from tests.app_server import make_world, toy_command
+from tests.original_names import single_file
 
 ROOT = Path(__file__).parent.parent
 EMOJI = {"emoji": "emoji"}
@@ -473,6 +477,21 @@ def test_two_bases_of_one_name_are_refused(tmp_path):
         app.__main__.named([one, other])
 
 
+def test_a_base_config_goes_with_a_file(tmp_path):
+    file, configs = tmp_path / "model.safetensors", tmp_path / "configs"
+    file.touch()
+    configs.mkdir()
+    bases = app.__main__.named([str(file), "owner/name"])
+    assert bases == {"model.safetensors": str(file), "owner/name": "owner/name"}
+    assert app.__main__.config_of_files(None, EMOJI) is None
+    assert app.__main__.config_of_files(os.path.relpath(configs), bases) == str(configs)
+    assert app.__main__.config_of_files("owner/configs", bases) == "owner/configs"
+    with pytest.raises(ValueError, match="--base_config: expected a --base that is a .safetensors file, got emoji"):
+        app.__main__.config_of_files(str(configs), EMOJI)
+    offered = ui.Page(tmp_path, bases, None, str(configs))
+    assert offered.configs_of("model.safetensors") == str(configs) and offered.configs_of("owner/name") == "owner/name"
+
+
 # Trainings
 
 
@@ -525,6 +544,22 @@ def test_a_training_is_stopped_resumed_and_finished(tmp_path, toy):
 
     jobs.delete(tmp_path, run)
     assert jobs.runs(tmp_path) == [] and not (tmp_path / run).exists()
+
+
+def test_a_training_on_a_file_is_told_its_base_config(tmp_path, toy):
+    file, configs = tmp_path / "model.safetensors", str(tmp_path / "configs")
+    file.touch()
+    bases = EMOJI | {"model.safetensors": str(file)}
+    config = f"max_train_steps: 1\n{forms.BASE}: model.safetensors"
+    run = jobs.start(tmp_path / "runs", "alignprop", "mine", config, bases, configs)
+    wait_for(tmp_path / "runs", run, "finished")
+    said = safety.read_config(jobs.config_of(tmp_path / "runs", run))
+    assert said == {"max_train_steps": 1, forms.BASE: str(file), "base_config": configs}
+    jobs.resume(tmp_path / "runs", run, bases, configs)
+    wait_for(tmp_path / "runs", run, "finished")
+    assert jobs._checked(tmp_path, "max_train_steps: 1", bases, configs) == "max_train_steps: 1"  # emoji has its own
+    with pytest.raises(ValueError, match="base_config: only files"):
+        jobs._checked(tmp_path / "runs", f"base_config: {tmp_path}/other", bases, configs)
 
 
 def test_a_trainer_s_number_may_go_to_another_process(tmp_path, toy):
@@ -789,6 +824,15 @@ def test_base_and_tuned_come_from_the_same_noise(world):
     assert (pixels(generate.draw(world, settings(loras={"alignprop/style": 0.0}))) == plain).all()
     assert (pixels(generate.draw(world, tuned)) == changed).all()
     assert (pixels(generate.draw(world, settings(seed=4))) != plain).any()
+
+
+def test_a_base_that_is_one_file_is_drawn_with_by_its_base_config(world, tmp_path):
+    file, folder = tmp_path / "tiny.safetensors", world.bases["tiny"]
+    save_file(single_file(load_base(folder)), file)
+    configs = shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    models = generate.Models(world.folder, {"tiny": str(file), "folder": folder}, base_config=str(configs))
+    assert (pixels(generate.draw(models, settings())) == pixels(generate.draw(world, settings()))).all()
+    assert (pixels(generate.draw(models, settings(base="folder"))) == pixels(generate.draw(world, settings()))).all()
 
 
 def test_a_concept_is_drawn_and_its_noun_by_the_base(world):
