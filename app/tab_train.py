@@ -1,5 +1,6 @@
 """Align, Control, Personalize: a form for each trainer, and what its trainings are doing."""
 
+import functools
 from typing import Any
 
 import gradio as gr
@@ -319,26 +320,25 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
         name: str, uploads: list[str] | None = None, captions: str | None = "", beside: list[str] | None = None,
         config: str = text.value, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
-        progress(0, desc="Loading")
         data.new_set(page.data, name)  # raises before any work
         beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path", "base_config")
         said = {key: value for key, value in safety.read_config(config).items() if key not in beside_the_point}
         jobs.check(page.folder, said, page.bases)
         resolution = said.get("resolution") or SMALLEST
-        if method == "controlnetpp":
-            condition = generate.in_turn(data.condition_of)(said)  # it loads a model
-            column = said.get("condition_column") or condition.column
-            folder, keeping = data.MAPS, data.for_controlnets(condition, column)
-        else:
-            word = said.get("placeholder_token") if method == "neti" else None  # the other's captions are its templates
-            column, folder = None, data.MASKS
-            keeping = data.for_concepts(resolution, word)
-        with (
-            ui.stoppable(page, request) as stopped,
-            data.given(uploads or [], captions or "", beside or [], folder, column) as items,
-        ):
-            tell = generate.Timer(progress, "Checking", max(1, len(items)))
-            path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
+        with ui.stoppable(page, request) as stopped:
+            if method == "controlnetpp":
+                load = functools.partial(data.condition_of, said)
+                condition = generate.watched(load, "Loading what reads the maps", progress, stopped)
+                column = said.get("condition_column") or condition.column
+                folder, keeping = data.MAPS, data.for_controlnets(condition, column)
+            else:
+                word = said.get("placeholder_token") if method == "neti" else None  # the other's are its templates
+                column, folder = None, data.MASKS
+                keeping = data.for_concepts(resolution, word)
+            progress(0, desc="Opening what was uploaded")
+            with data.given(uploads or [], captions or "", beside or [], folder, column) as items:
+                tell = generate.Timer(progress, "Checking", max(1, len(items)))
+                path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
         chosen = gr.skip() if path is None else gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
         words = ["None of these pictures can be used."] if path is None else data.check(path, resolution)
         return chosen, "\n\n".join(words), gr.Dataframe([list(finding) for finding in findings], visible=True)

@@ -23,6 +23,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from gradio.components.image_editor import EditorData, EditorDataBlobs
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -30,6 +31,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 import app.__main__
 from alignkit import load_base
 from alignkit.artifacts import save_json
+from alignkit.base import files_on_hub
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
 from alignkit.controls import SceneControls, open_controls
@@ -795,6 +797,123 @@ def test_the_log_shows_a_progress_bar_once(tmp_path):
     (run / jobs.LOG).write_bytes(b"hello\n10%\r20%\r30%\nerror: one\n  two\n")
     assert jobs.log_tail(tmp_path, "alignprop/mine") == "hello\n30%\nerror: one\n  two"
     assert jobs.status(tmp_path, "alignprop/mine").message == "one   two"
+
+
+# Getting ready
+
+
+def ready(models: generate.Models, stop: threading.Event, told: list, **fields) -> None:
+    generate.prepare(models, settings(**fields), lambda far, desc: told.append((far, desc)), stop)
+
+
+def test_loading_is_told_and_cancelled_at_once(world, monkeypatch):
+    """It goes on to its end, and is not begun a second time."""
+    told, loaded, stop, go_on = [], [], threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        loaded.append(args)
+        assert go_on.wait(60)
+        return load_base(*args, **options)
+
+    monkeypatch.setattr("alignkit.load_base", slow)
+    models = generate.Models(world.folder, world.bases)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ready, models, stop, told)
+        while not loaded:
+            time.sleep(0.01)
+        waiting = threading.Event()
+        second = pool.submit(ready, models, waiting, [])  # whose turn does not come
+        for cancelled, event in ((second, waiting), (first, stop)):
+            event.set()
+            with pytest.raises(generate.Cancelled):
+                cancelled.result(60)
+        go_on.set()
+    ready(models, threading.Event(), told, loras={"alignprop/style": 1.0})
+    assert len(loaded) == 1 and models.holds("tiny")
+    words = [desc for _, desc in told]
+    assert re.fullmatch(r"Loading tiny: \d+ s so far", words[0])
+    assert words[-1].startswith("Loading alignprop/style: ")
+    with pytest.raises(ValueError, match="This page offers tiny, got 'other'"):
+        ready(models, threading.Event(), told, base="other")
+
+
+@pytest.fixture
+def hub(world, tmp_path, monkeypatch):
+    """The tiny base as owner/name, of which the cache has the index alone; what is asked for besides comes as it does
+    from the Hub's client, a file at a time, and the last of them when `hub` is set."""
+    folder, go_on = Path(world.bases["tiny"]), threading.Event()
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copy(folder / "model_index.json", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def fetch(name, *, allow_patterns, tqdm_class):
+        assert name == "owner/name"
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        wanted = list(filter_repo_objects(files, allow_patterns=allow_patterns))
+        with (
+            tqdm_class(desc="Fetching", total=len(wanted)) as fetched,
+            tqdm_class(desc="bytes", total=0, initial=0, unit="B", unit_scale=True) as received,
+        ):
+            received.total += sum((folder / file).stat().st_size for file in wanted)
+            for file in wanted:
+                if file == wanted[-1]:
+                    received.update(0)
+                    assert go_on.wait(60)
+                received.update((folder / file).stat().st_size)
+                (snapshot / file).parent.mkdir(exist_ok=True)
+                shutil.copy(folder / file, snapshot / file)
+                fetched.update(1)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return go_on
+
+
+def test_a_base_of_the_hub_is_downloaded_first(world, hub):
+    """In a thread of its own, so that others work on; it is told by its bytes and ends soon after it is cancelled."""
+    models, told, stop = generate.Models(world.folder, {"owner/name": "owner/name"}), [], threading.Event()
+
+    def begun() -> threading.Thread | None:
+        return next((thread for thread in threading.enumerate() if thread.name == "download"), None)
+
+    with ThreadPoolExecutor(1) as pool:
+        downloading = pool.submit(ready, models, stop, told, base="owner/name")
+        while not any(far for far, _ in told):
+            time.sleep(0.01)
+        drawn = generate.draw(world, settings())
+        stop.set()
+        with pytest.raises(generate.Cancelled):
+            downloading.result(60)
+    hub.set()
+    if thread := begun():
+        thread.join(60)
+    assert not begun() and not models.holds("owner/name")
+    assert all(0 <= far < 1 for far, _ in told)
+    assert re.fullmatch(r"Downloading owner/name: about \d+ s left", told[-1][1])
+
+    ready(models, threading.Event(), told, base="owner/name")
+    assert (pixels(generate.draw(models, settings(base="owner/name"))) == pixels(drawn)).all()
+
+
+def test_of_the_hub_only_what_is_read_is_downloaded(world, tmp_path):
+    read = {
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
+        "tokenizer/merges.txt", "tokenizer/spiece.model", "scheduler/scheduler_config.json",
+    }  # fmt: skip
+    unread = {
+        "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/model.onnx", "unet/flax_model.msgpack",
+    }  # fmt: skip
+    patterns = files_on_hub(world.bases["tiny"])
+    assert set(filter_repo_objects([*read, *unread], allow_patterns=patterns)) == read
 
 
 # Pictures that are drawn
