@@ -28,8 +28,11 @@ VISIBLE = {
         "placeholder_token", "class_noun", "method", "max_train_steps", "learning_rate", "validation_steps",
     ],
 }  # fmt: skip
-# what the network of a base says: a U-Net how wide its text is, a transformer its class
-FAMILIES = {768: "sd15", 1024: "sd21", 2048: "sdxl", "SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+# what a base says: its index its pipeline, and the U-Net of Stable Diffusion's how wide its text is
+FAMILIES = {
+    "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux",
+    768: "sd15", 1024: "sd21",
+}  # fmt: skip
 DATA_KEY = {
     "alignprop": "prompt_file",
     "controlnetpp": "train_data_dir",
@@ -139,9 +142,11 @@ def _family(base: str) -> str | None:
     """As the names of configs begin."""
     if base == "emoji":
         return "emoji"
-    for file, key in (("unet", "cross_attention_dim"), ("transformer", "_class_name")):
+    for file, key in (("model_index.json", "_class_name"), ("unet/config.json", "cross_attention_dim")):
         try:
-            return FAMILIES.get(load_json(Path(base) / file / "config.json").get(key))
+            said = load_json(Path(base) / file).get(key)
+            if said in FAMILIES:
+                return FAMILIES[said]
         except (ValueError, AttributeError, TypeError):
             continue
     return None

@@ -30,8 +30,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import app.__main__
 from alignkit import load_base
-from alignkit.artifacts import save_json
-from alignkit.base import files_on_hub
+from alignkit.artifacts import save_json, save_lora
+from alignkit.base import add_lora, files_on_hub
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
 from alignkit.controls import SceneControls, open_controls
@@ -40,6 +40,7 @@ from app import data, explore, forms, generate, jobs, page, safety, ui
 from app.generate import Settings
 from tests.app_server import make_world, toy_command
 from tests.original_names import single_file
+from tests.tiny import tiny_sdxl
 
 ROOT = Path(__file__).parent.parent
 EMOJI = {"emoji": "emoji"}
@@ -444,18 +445,21 @@ def test_settings_in_unusual_yaml(text):
 
 
 def test_a_base_is_offered_the_configs_of_its_family(tmp_path):
-    def model(part: str, **config) -> str:
-        save_json(config, tmp_path / f"{part}-{len(config)}" / part / "config.json")
-        return str(tmp_path / f"{part}-{len(config)}")
+    def model(pipeline: str, width: int | None = None) -> str:
+        folder = tmp_path / f"{pipeline}-{width}"
+        save_json({"_class_name": pipeline}, folder / "model_index.json")
+        if width:
+            save_json({"cross_attention_dim": width}, folder / "unet" / "config.json")
+        return str(folder)
 
     sd15 = ("sd15", "sd15_aesthetic", "sd15_hps", "sd15_refl")
     offered = {
         "emoji": ("emoji", "emoji_aesthetic", "emoji_alignment", "emoji_pairs", "emoji_three"),
-        model("unet", cross_attention_dim=768): sd15,
-        model("unet", cross_attention_dim=1024, a=1): ("sd21",),
-        model("unet", cross_attention_dim=2048, a=1, b=1): ("sdxl",),
-        model("transformer", _class_name="SD3Transformer2DModel"): ("sd3",),
-        model("transformer", _class_name="FluxTransformer2DModel", a=1): ("flux",),
+        model("StableDiffusionPipeline", 768): sd15,
+        model("StableDiffusionPipeline", 1024): ("sd21",),
+        model("StableDiffusionXLPipeline", 2048): ("sdxl",),
+        model("StableDiffusion3Pipeline"): ("sd3",),
+        model("FluxPipeline"): ("flux",),
         "stabilityai/stable-diffusion-2-1": ("sd21",),
         "somebody/model": (*sd15, "flux", "sd21", "sd3", "sdxl"),
     }
@@ -943,6 +947,29 @@ def test_base_and_tuned_come_from_the_same_noise(world):
     assert (pixels(generate.draw(world, settings(loras={"alignprop/style": 0.0}))) == plain).all()
     assert (pixels(generate.draw(world, tuned)) == changed).all()
     assert (pixels(generate.draw(world, settings(seed=4))) != plain).any()
+
+
+def test_sdxl(world, tmp_path):
+    """The presets of its family, and base and tuned from the same noise."""
+    place = str(tmp_path / "xl")
+    tiny_sdxl(load_base(world.bases["tiny"]).pipeline()).save_pretrained(place)
+    for method in jobs.METHODS:
+        assert list(forms.presets(method, "xl", place)) == [name for name in jobs.presets(method) if "sdxl" in name]
+    folder = tmp_path / "runs"
+    (folder / "alignprop" / "style").mkdir(parents=True)
+    (folder / "alignprop" / "style" / jobs.CONFIG).write_text("")
+    network = load_base(place).unet
+    for name, parameter in add_lora(network, 2, 2, ["to_q", "to_k", "to_v"]).items():
+        if ".lora_B." in name:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    save_lora(folder / "alignprop" / "style", network)
+    models = generate.Models(folder, {"xl": place})
+    tuned = settings(base="xl", loras={"alignprop/style": 1.0}, negative_prompt="a box")
+    plain, changed = (pixels(generate.draw(models, tuned, tuned=which)) for which in (False, True))
+    assert (plain != changed).any() and plain.shape == (16, 16, 3)
+    assert (pixels(generate.draw(models, settings(base="xl", negative_prompt="a box"))) == plain).all()
+    shown = explore.attention(models, settings(base="xl", prompt="a hat"), lambda *_: None, threading.Event())
+    assert [caption for _, caption in shown] == ["the picture", "a", "hat"]
 
 
 def test_a_base_that_is_one_file_is_drawn_with_by_its_base_config(world, tmp_path):
