@@ -116,7 +116,7 @@ def launch(
         auth=safety.login("alignkit", password) if password else None,
         auth_message="The name is alignkit; the password is what the page was started with." if password else None,
         show_error=False,
-        max_file_size=safety.MAX_FILE_BYTES,
+        max_file_size=safety.MAX_ZIP_BYTES,  # what is no zip is measured where it is opened
         allowed_paths=[],
         strict_cors=True,
         enable_monitoring=False,
