@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -243,6 +245,19 @@ def test_a_config_does_not_reach_out(client, config):
     with pytest.raises(AppError):
         client.predict("alignprop", "bad", config, api_name="/start_training")
     assert "alignprop/bad" not in client.predict(api_name="/list_runs")
+
+
+def test_the_example_of_a_client(world, tmp_path):
+    """As a program of its own; the tiny base has the name of the one that its config trains."""
+    script = Path(page.__file__).with_name("example_client.py")
+    with serving(world[0] / "runs", {"emoji": world[1]["tiny"]}) as url:
+        command = [sys.executable, str(script), "--url", url, "--max_train_steps", "2"]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    assert jobs.status(world[0] / "runs", "alignprop/example").step == 2
+    jobs.delete(world[0] / "runs", "alignprop/example")
+    assert pixels(str(tmp_path / "base.png")) != pixels(str(tmp_path / "tuned.png"))
+    used, _ = generate.read_settings(tmp_path / "tuned.png")
+    assert used.loras == {"alignprop/example": 1.0} and used.seed == 3
 
 
 # What is asked past the client
