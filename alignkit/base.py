@@ -426,6 +426,23 @@ def _left_out(family: Family, path: str) -> dict[str, None]:
     return {name: None for name in family.components if index.get(name, ("",))[0] is None}
 
 
+def files_on_hub(path: str) -> list[str]:
+    """Patterns of the files that `load_base` reads of a name on the Hub, as huggingface_hub's `allow_patterns`.
+
+    Weights as safetensors alone, and of no variant, such as fp16. Raises as `family_of`.
+    """
+    family = family_of(path)
+    left_out = _left_out(family, path)
+    parts = [name for name in (*family.components, "scheduler") if name not in left_out]
+    weights = [
+        f"{name}{shard}.safetensors"
+        for name in ("model", "diffusion_pytorch_model")
+        for shard in ("", "-?????-of-?????")
+    ]
+    kinds = ["*.json", "*.txt", "*.model", *weights]  # tokenizers are of all of the first three
+    return ["model_index.json", *(f"{part}/{kind}" for part in parts for kind in kinds)]
+
+
 def _quantization(name: str, family: Family, dtype: torch.dtype) -> PipelineQuantizationConfig:
     from diffusers.quantizers.quantization_config import BitsAndBytesConfig, TorchAoConfig
 

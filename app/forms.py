@@ -28,8 +28,11 @@ VISIBLE = {
         "placeholder_token", "class_noun", "method", "max_train_steps", "learning_rate", "validation_steps",
     ],
 }  # fmt: skip
-# what the network of a base says: a U-Net how wide its text is, a transformer its class
-FAMILIES = {768: "sd15", 1024: "sd21", 2048: "sdxl", "SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+# what a base says: its index its pipeline, and the U-Net of Stable Diffusion's how wide its text is
+FAMILIES = {
+    "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux",
+    768: "sd15", 1024: "sd21",
+}  # fmt: skip
 DATA_KEY = {
     "alignprop": "prompt_file",
     "controlnetpp": "train_data_dir",
@@ -121,9 +124,10 @@ def filled(method: str, config: str, given: list[Any]) -> str:
 
 
 def presets(method: str, base: str, place: str) -> dict[str, str]:
-    """Name -> YAML of the configs for a base of the page, which is at `place`: a folder, a Hub name, or "emoji".
+    """Name -> YAML of the configs for a base of the page, whose own are at `place`: a folder, a Hub name, or "emoji".
 
-    A Hub name that no config has may be of any family but the emoji world's; so may a folder that does not say it.
+    A Hub name that no config has may be of any family but the emoji world's; so may a folder that does not say it, and
+    a file.
     """
     found = jobs.presets(method)
     family = _family(place)
@@ -138,9 +142,11 @@ def _family(base: str) -> str | None:
     """As the names of configs begin."""
     if base == "emoji":
         return "emoji"
-    for file, key in (("unet", "cross_attention_dim"), ("transformer", "_class_name")):
+    for file, key in (("model_index.json", "_class_name"), ("unet/config.json", "cross_attention_dim")):
         try:
-            return FAMILIES.get(load_json(Path(base) / file / "config.json").get(key))
+            said = load_json(Path(base) / file).get(key)
+            if said in FAMILIES:
+                return FAMILIES[said]
         except (ValueError, AttributeError, TypeError):
             continue
     return None

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,18 @@ _work: queue.SimpleQueue = queue.SimpleQueue()
 
 def _take_turns() -> None:
     while True:
-        future, function = _work.get()
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-        del future, function  # what they hold would live until the next turn
+        _do(*_work.get())  # without names, as what they hold would live until the next turn
+
+
+def _do(future: Future, function: Callable) -> None:
+    if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future, function  # else an error, its frames and the future hold each other
 
 
 _worker = threading.Thread(target=_take_turns, name="models", daemon=True)  # a daemon: Ctrl-C waits for no picture
@@ -59,14 +65,43 @@ def in_turn(function: Callable) -> Callable:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if threading.current_thread() is _worker:
             return function(*args, **kwargs)
-        future: Future = Future()
-        _work.put((future, functools.partial(contextvars.copy_context().run, function, *args, **kwargs)))
+        future = _hand_over(functools.partial(function, *args, **kwargs))
         try:
             return future.result()
         finally:
             del future  # else an error, its frames and this one hold each other
 
     return wrapped
+
+
+def _hand_over(function: Callable) -> Future:
+    future: Future = Future()
+    _work.put((future, functools.partial(contextvars.copy_context().run, function)))
+    return future
+
+
+def watched(function: Callable, what: str, progress: Callable, stop: threading.Event) -> Any:
+    """What the function returns `in_turn`, for work that cannot say how far it is: told are its name and its seconds.
+
+    Raises Cancelled as soon as `stop` is set. The work goes on to its end then, unless its turn had not come.
+    """
+    started = time.monotonic()
+    return _follow(
+        _hand_over(function), lambda: progress(0, desc=f"{what}: {time.monotonic() - started:.0f} s so far"), stop
+    )
+
+
+def _follow(future: Future, tell: Callable[[], None], stop: threading.Event) -> Any:
+    try:
+        tell()
+        while not wait([future], timeout=0.2).done:
+            if stop.is_set():
+                future.cancel()
+                raise Cancelled
+            tell()
+        return future.result()
+    finally:
+        del future
 
 
 @dataclass
@@ -102,19 +137,39 @@ class Settings:
                 raise ValueError(f"The weight of {name}: expected -2 to 2, got {weight}.")
 
     @property
+    def parts(self) -> list[str]:
+        """The runs that are put together with the base."""
+        return [*self.loras, *self.concepts, *([self.controlnet] if self.controlnet else [])]
+
+    @property
     def is_tuned(self) -> bool:
-        return bool(self.loras or self.concepts or self.controlnet)
+        return bool(self.parts)
 
 
 class Models:
     """One base at a time, and what was composed on it last. Used `in_turn`."""
 
-    def __init__(self, folder: Path, bases: Mapping[str, str], safety_checker: str | None = None):
-        self.folder, self.bases, self.safety_checker = folder, bases, safety_checker
+    def __init__(
+        self,
+        folder: Path,
+        bases: Mapping[str, str],
+        safety_checker: str | None = None,
+        base_config: str | None = None,
+    ):
+        self.folder, self.bases, self.safety_checker, self.base_config = folder, bases, safety_checker, base_config
         self._base: tuple[str, Any] | None = None
         self._composed: tuple[tuple, Any] | None = None
         self._checker: Any = None
         self._condition: tuple[dict, Any] | None = None
+
+    def place(self, name: str) -> str:
+        """Where a base is. ValueError for one that this page does not offer."""
+        if name not in self.bases:
+            raise ValueError(f"This page offers {', '.join(self.bases)}, got {name!r}.")
+        return self.bases[name]
+
+    def holds(self, name: str) -> bool:
+        return self._base is not None and self._base[0] == name
 
     def base(self, name: str) -> Any:
         """An `alignkit.Base`."""
@@ -122,14 +177,14 @@ class Models:
 
         from alignkit import load_base
 
-        if name not in self.bases:
-            raise ValueError(f"This page offers {', '.join(self.bases)}, got {name!r}.")
-        if self._base is None or self._base[0] != name:
+        place = self.place(name)
+        if not self.holds(name):
             self._base = self._composed = None  # the old one goes before the new one comes
             device, dtype = "cpu", torch.float32
             if torch.cuda.is_available():  # float16 ends at 65,504, which SD 2.1's attention passes
                 device, dtype = "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            self._base = (name, load_base(self.bases[name], device=device, dtype=dtype))
+            config = jobs.config_of_base(place, self.base_config)
+            self._base = (name, load_base(place, device=device, dtype=dtype, config=config))
         return self._base[1]
 
     def composed(self, settings: Settings) -> Any:
@@ -138,7 +193,7 @@ class Models:
 
         base = self.base(settings.base)
         parts = (settings.base, tuple(settings.loras), tuple(settings.concepts), settings.controlnet)
-        versions = tuple(_version(jobs.find(self.folder, name)) for name in self._names(settings))
+        versions = tuple(_version(jobs.find(self.folder, name)) for name in settings.parts)
         if self._composed is None or self._composed[0] != (parts, versions):
             if self._composed is not None:
                 self._composed[1].unload()
@@ -165,10 +220,6 @@ class Models:
         if self._condition is None or self._condition[0] != said:
             self._condition = (said, build_condition(said["name"], **said.get("args", {})))
         return self._condition[1]
-
-    @staticmethod
-    def _names(settings: Settings) -> list[str]:
-        return [*settings.loras, *settings.concepts, *([settings.controlnet] if settings.controlnet else [])]
 
     def plain(self, name: str) -> Any:
         """The stock pipeline of the base alone, which is what a composed one draws with outside of its own calls."""
@@ -237,6 +288,59 @@ def controlnets(folder: Path) -> list[str]:
     from alignkit.controlnet import WEIGHTS
 
     return [run for run in jobs.runs(folder) if (folder / run / WEIGHTS).is_file()]
+
+
+# Getting ready
+
+
+def prepare(models: Models, settings: Settings, progress: Callable, stop: threading.Event) -> None:
+    """Downloads and loads what these settings draw with, and says how far that is.
+
+    Raises Cancelled as soon as `stop` is set; see `watched` for what goes on then. A download ends with the bytes that
+    are on their way, or with the file where the Hub sends it by Xet.
+    """
+    place = models.place(settings.base)
+    if not models.holds(settings.base):
+        if place != "emoji" and not Path(place).exists():
+            _download(place, progress, stop)
+        watched(lambda: models.base(settings.base), f"Loading {settings.base}", progress, stop)
+    if settings.is_tuned:
+        watched(lambda: models.composed(settings), f"Loading {', '.join(settings.parts)}", progress, stop)
+
+
+def _download(name: str, progress: Callable, stop: threading.Event) -> None:
+    """What `load_base` reads of a name on the Hub, into its cache; by a thread of its own, as it may take hours."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    from alignkit.base import files_on_hub
+
+    timer = Timer(progress, f"Downloading {name}", 0)
+    far = (0, 0)  # bytes, of those of the files that have begun
+
+    class Bar(tqdm):  # what the Hub's client counts with, several threads at a time
+        def __init__(self, *args: Any, unit: str = "it", **options: Any):
+            super().__init__(*args, **options | {"disable": True})  # shows nothing
+            self.is_bytes = unit == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal far
+            if stop.is_set():
+                raise Cancelled
+            self.n += n or 0
+            if self.is_bytes:
+                far = max(far, (self.n, self.total or 0))
+
+    def tell() -> None:
+        done, timer.total = far
+        timer.at(done)
+
+    def fetch() -> None:
+        snapshot_download(name, allow_patterns=files_on_hub(name), tqdm_class=Bar)
+
+    future: Future = Future()
+    threading.Thread(target=_do, args=(future, fetch), name="download", daemon=True).start()
+    _follow(future, tell, stop)
 
 
 # Controls
@@ -400,7 +504,13 @@ class Timer:
         self.started = time.perf_counter()
 
     def __call__(self, *_: Any) -> None:
-        self.done += 1
-        pace = (time.perf_counter() - self.started) / self.done
-        left = jobs.duration(pace * (self.total - self.done))
-        self.progress(min(1.0, self.done / self.total), desc=f"{self.what}: {left} left")
+        self.at(self.done + 1)
+
+    def at(self, done: int) -> None:
+        self.done = done
+        if not done:
+            self.progress(0, desc=self.what)
+            return
+        pace = (time.perf_counter() - self.started) / done
+        left = jobs.duration(pace * max(0, self.total - done))
+        self.progress(min(1.0, done / self.total) if self.total else 0, desc=f"{self.what}: {left} left")

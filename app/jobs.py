@@ -68,14 +68,19 @@ def duration(seconds: float) -> str:
 # Starting and stopping
 
 
-def start(folder: Path, method: str, name: str, config: str, bases: Mapping[str, str]) -> str:
-    """Starts a training with this YAML; returns the run's name, such as "alignprop/mine"."""
+def start(
+    folder: Path, method: str, name: str, config: str, bases: Mapping[str, str], base_config: str | None = None
+) -> str:
+    """Starts a training with this YAML; returns the run's name, such as "alignprop/mine".
+
+    base_config: where the configs of those bases are that are files.
+    """
     if method not in METHODS:
         raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
     safety.inside(folder, name)  # for a sentence about the name alone
     run = f"{method}/{name}"
     path = safety.inside(folder, run)
-    config = _checked(folder, config, bases)
+    config = _checked(folder, config, bases, base_config)
     with START:
         _refuse_second(folder)
         if path.exists():
@@ -86,12 +91,12 @@ def start(folder: Path, method: str, name: str, config: str, bases: Mapping[str,
     return run
 
 
-def resume(folder: Path, run: str, bases: Mapping[str, str]) -> None:
+def resume(folder: Path, run: str, bases: Mapping[str, str], base_config: str | None = None) -> None:
     """The same command again, which goes on from the newest checkpoint."""
     path = find(folder, run)
     if not (path / CONFIG).is_file() or run.partition("/")[0] not in METHODS:
         raise ValueError(f"{run} was not started here: resume it by the command that started it.")
-    _checked(folder, (path / CONFIG).read_text(encoding="utf-8"), bases)
+    _checked(folder, (path / CONFIG).read_text(encoding="utf-8"), bases, base_config)
     with START:
         _refuse_second(folder)
         _spawn(path, run.partition("/")[0])
@@ -105,14 +110,16 @@ def stop(folder: Path, run: str) -> None:
     process.send_signal(signal.SIGTERM)  # trainers take it as Ctrl-C; but no shell makes a process deaf to it
 
 
-def dry_run(folder: Path, method: str, config: str, bases: Mapping[str, str]) -> Iterator[str]:
+def dry_run(
+    folder: Path, method: str, config: str, bases: Mapping[str, str], base_config: str | None = None
+) -> Iterator[str]:
     """Two steps without a trace.
 
     Yields how far it is, in words that end in "…", and at last time and memory. Closing it ends the process.
     """
     if method not in METHODS:
         raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
-    config = _checked(folder, config, bases)
+    config = _checked(folder, config, bases, base_config)
     with START:
         _refuse_second(folder)
     scratch = folder / ".dry-run" / str(threading.get_ident())
@@ -166,14 +173,22 @@ def delete(folder: Path, run: str) -> None:
     remove(_packed(folder, run))
 
 
-def _checked(folder: Path, config: str, bases: Mapping[str, str]) -> str:
-    """The YAML, with the base's place where it has the page's name for it."""
+def _checked(folder: Path, config: str, bases: Mapping[str, str], base_config: str | None = None) -> str:
+    """The YAML, with the base's place where it has the page's name for it, and with where the configs of a file are."""
     data = safety.read_config(config)
-    check(folder, data, bases)
+    # the page's own place is not the visitor's: it stands there once the training was started
+    check(folder, {key: value for key, value in data.items() if (key, value) != ("base_config", base_config)}, bases)
     base = data.get("pretrained_model_name_or_path", "emoji")
-    return (
-        set_values(config, {"pretrained_model_name_or_path": bases[base]}) if bases.get(base, base) != base else config
-    )
+    place = bases.get(base, base)
+    changed = {} if place == base else {"pretrained_model_name_or_path": place}
+    if not data.get("base_config") and (configs := config_of_base(place, base_config)):
+        changed["base_config"] = configs
+    return set_values(config, changed) if changed else config
+
+
+def config_of_base(place: str, base_config: str | None) -> str | None:
+    """What goes with a base as its config: nothing, unless it is one file."""
+    return base_config if Path(place).is_file() else None
 
 
 def check(folder: Path, config: dict[str, Any], bases: Mapping[str, str]) -> None:

@@ -41,14 +41,22 @@ CSS = """
 """
 
 
-def build(folder: str | Path, bases: dict[str, str] | None = None, safety_checker: str | None = None) -> gr.Blocks:
-    """The page over a folder of runs, which is made if it is not there; `bases`: name -> folder or Hub name."""
+def build(
+    folder: str | Path,
+    bases: dict[str, str] | None = None,
+    safety_checker: str | None = None,
+    base_config: str | None = None,
+) -> gr.Blocks:
+    """The page over a folder of runs, which is made if it is not there.
+
+    bases: name -> folder, file or Hub name. base_config: of those that are files, `config` of `load_base`.
+    """
     folder, bases = Path(folder).resolve(), bases or {"emoji": "emoji"}
     folder.mkdir(parents=True, exist_ok=True)
     if "emoji" in bases.values():
         lay_out_examples(folder)
     os.environ["GRADIO_TEMP_DIR"] = str(folder / jobs.CACHE)  # components look at it when they are made
-    page = ui.Page(folder, bases, Models(folder, bases, safety_checker))
+    page = ui.Page(folder, bases, Models(folder, bases, safety_checker, base_config), base_config)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, to follow a map, and new words. {RIGHTS}")
         with gr.Tabs(overflow_behavior="wrap"):
@@ -108,7 +116,7 @@ def launch(
         auth=safety.login("alignkit", password) if password else None,
         auth_message="The name is alignkit; the password is what the page was started with." if password else None,
         show_error=False,
-        max_file_size=safety.MAX_FILE_BYTES,
+        max_file_size=safety.MAX_ZIP_BYTES,  # what is no zip is measured where it is opened
         allowed_paths=[],
         strict_cors=True,
         enable_monitoring=False,

@@ -21,6 +21,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
 MAX_FILE_BYTES = 20 * 2**20
+MAX_ZIP_BYTES = 200 * 2**20  # of all that is uploaded, zips alone may be larger than a file
 MAX_PIXELS = 4096 * 4096
 MAX_FILES = 200
 MAX_YAML_BYTES = 100_000

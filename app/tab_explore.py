@@ -68,6 +68,8 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
                 loras=dict.fromkeys(loras or [], 1.0), concepts=list(concepts or []), alignit=bool(alignit),
                 truncation=int(truncation) or None,
             )  # fmt: skip
+            settings.check()
+            generate.prepare(page.models, settings, progress, stopped)
             tell = generate.Timer(progress, "Drawing", len(across) * len(down) * int(steps))
             return "", explore.grid(page.models, settings, (x, across), (y, down), tell, stopped)
 
@@ -115,6 +117,8 @@ def _attention(page: ui.Page) -> gr.Dropdown:
                 prompt=prompt or "", base=base, seed=int(seed or 0), num_inference_steps=int(steps),
                 loras=dict.fromkeys(loras or [], 1.0),
             )  # fmt: skip
+            settings.check()
+            generate.prepare(page.models, settings, progress, stopped)
             tell = generate.Timer(progress, "Drawing", int(steps))
             return "", explore.attention(page.models, settings, tell, stopped)
 

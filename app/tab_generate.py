@@ -2,9 +2,12 @@
 
 import html
 import random
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 
 import gradio as gr
+from PIL import Image
 
 from app import generate, safety, ui
 from app.generate import Settings
@@ -75,7 +78,6 @@ def build(page: ui.Page) -> None:
         request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
-            progress(0, desc="Loading")
             settings = Settings(
                 prompt=prompt or "", base=base, seed=int(seed or 0), negative_prompt=negative or "",
                 num_inference_steps=int(steps), guidance_scale=guidance, loras=ui.weights(loras or [], weights),
@@ -83,7 +85,9 @@ def build(page: ui.Page) -> None:
                 strength=strength, controlnet=controlnet or None, control_scale=control_scale,
             )  # fmt: skip
             settings.check()
-            control = _control_of(page, base, controlnet, kind, upload, sketch)
+            given = _given(controlnet, upload, sketch)
+            generate.prepare(page.models, settings, progress, stopped)
+            control = given and _control_of(page, base, controlnet, kind, given, progress, stopped)
             tell = generate.Timer(progress, "Drawing", (1 + settings.is_tuned) * settings.num_inference_steps)
             before = generate.draw(page.models, settings, tuned=False, tell=tell, stop=stopped)
             yield "The base is done." if settings.is_tuned else "", before, None, asdict(settings)
@@ -148,13 +152,14 @@ def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Compo
     @ui.said
     def look(
         base: str, controlnet: str, kind: str, upload: str | None, sketch: str | None,
-        progress=gr.Progress(),  # noqa: B008
+        request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
-        progress(0, desc="Reading the map off the picture")
-        control = _control_of(page, base, controlnet, kind, upload, sketch)
-        if control is None:
+        given = _given(controlnet, upload, sketch)
+        if given is None:
             raise ValueError("Choose a ControlNet first.")
-        return control
+        with ui.stoppable(page, request) as stopped:
+            generate.prepare(page.models, Settings("", base=base), progress, stopped)
+            return _control_of(page, base, controlnet, kind, given, progress, stopped)
 
     looking = preview.click(
         look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL
@@ -163,13 +168,24 @@ def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Compo
     return [controlnet, scale, kind, upload, sketch], looking
 
 
-def _control_of(page: ui.Page, base: str, controlnet: str | None, kind: str, upload: str | None, sketch: str | None):
-    """The map that the ControlNet sees, or None without a ControlNet."""
+def _given(controlnet: str | None, upload: str | None, sketch: str | None) -> Image.Image | None:
+    """What the ControlNet is to follow, or None without a ControlNet."""
     if not controlnet:
         return None
     if not (upload or sketch):
         raise ValueError("Upload or draw something for the ControlNet to follow.")
     if upload and sketch:
         raise ValueError("There is a picture and a drawing for the ControlNet: take one of them away.")
-    given = safety.open_picture(upload or sketch, None if upload else "The drawing")
-    return generate.extract_control(page.models, base, controlnet, given, kind == MAP)
+    return safety.open_picture(upload or sketch, None if upload else "The drawing")
+
+
+def _control_of(
+    page: ui.Page, base: str, controlnet: str, kind: str, given: Image.Image, progress: Callable, stop: threading.Event
+) -> Image.Image:
+    """The map that the ControlNet sees."""
+    return generate.watched(
+        lambda: generate.extract_control(page.models, base, controlnet, given, kind == MAP),
+        "Reading the map off the picture",
+        progress,
+        stop,
+    )

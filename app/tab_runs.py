@@ -130,13 +130,13 @@ def _api(page: ui.Page) -> None:
     @ui.said
     def start_training(method: str, name: str, config: str) -> str:
         """Starts a training with this YAML; returns the run's name."""
-        return jobs.start(page.folder, method, name, config, page.bases)
+        return jobs.start(page.folder, method, name, config, page.bases, page.base_config)
 
     @ui.said
     def dry_run(method: str, config: str, request: gr.Request) -> Iterator[str]:
         """How far it is, and at last the time and memory of a training, by two steps. /cancel ends it."""
         with ui.stoppable(page, request) as stopped:
-            said = jobs.dry_run(page.folder, method, config, page.bases)
+            said = jobs.dry_run(page.folder, method, config, page.bases, page.base_config)
             for words in said:
                 if stopped.is_set():
                     said.close()
@@ -152,7 +152,7 @@ def _api(page: ui.Page) -> None:
     @ui.said
     def resume_training(run: str) -> str:
         """Goes on from the newest checkpoint."""
-        jobs.resume(page.folder, run, page.bases)
+        jobs.resume(page.folder, run, page.bases, page.base_config)
         return run
 
     @ui.said

@@ -1,5 +1,6 @@
 """Align, Control, Personalize: a form for each trainer, and what its trainings are doing."""
 
+import functools
 from typing import Any
 
 import gradio as gr
@@ -51,7 +52,7 @@ def _build(page: ui.Page, method: str) -> None:
 def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.components.Component]]:
     """The run's name; and the YAML, the data and the fields that `_resolved` makes a config of."""
     first_base, place = next(iter(page.bases.items()))
-    presets = forms.presets(method, first_base, place)
+    presets = forms.presets(method, first_base, page.configs_of(first_base))
     first = next(iter(presets))
     example = "emoji" in page.bases.values() and method in ("neti", "customize")
     choices = [CONFIG_OWN, *([EXAMPLE_PICTURES] if example else [])]
@@ -76,12 +77,12 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
 
     @ui.said
     def choose(preset: str, base: str):
-        config = forms.presets(method, base, page.bases.get(base, base))[preset]
+        config = forms.presets(method, base, page.configs_of(base))[preset]
         return forms.about(config), config, *forms.values(method, config)
 
     @ui.said
     def rebase(base: str):
-        presets = forms.presets(method, base, page.bases.get(base, base))
+        presets = forms.presets(method, base, page.configs_of(base))
         first = next(iter(presets))
         return gr.Dropdown(list(presets), value=first), *choose(first, base)
 
@@ -152,14 +153,14 @@ def _buttons(
     @ui.said
     def start(name: str, *settings: Any):
         config = _resolved(page, method, *settings)
-        started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases)
+        started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases, page.base_config)
         return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
 
     @ui.said
     def measure(request: gr.Request, *settings: Any):
         config = _resolved(page, method, *settings)
         with ui.stoppable(page, request) as stopped:
-            said = jobs.dry_run(page.folder, method, config, page.bases)
+            said = jobs.dry_run(page.folder, method, config, page.bases, page.base_config)
             for words in said:
                 if stopped.is_set():
                     said.close()
@@ -203,7 +204,7 @@ def _watched(page: ui.Page, method: str) -> tuple[gr.Dropdown, dict[str, Any]]:
 
     @ui.said
     def go_on(run: str):
-        jobs.resume(page.folder, run, page.bases)
+        jobs.resume(page.folder, run, page.bases, page.base_config)
 
     def watch(run: str | None, curve: str | None, shown: str):
         if run not in jobs.runs(page.folder):
@@ -319,26 +320,25 @@ def _build_data(page: ui.Page, method: str, source: gr.Dropdown, choices: list[s
         name: str, uploads: list[str] | None = None, captions: str | None = "", beside: list[str] | None = None,
         config: str = text.value, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
-        progress(0, desc="Loading")
         data.new_set(page.data, name)  # raises before any work
-        beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path")
+        beside_the_point = (forms.DATA_KEY[method], "pretrained_model_name_or_path", "base_config")
         said = {key: value for key, value in safety.read_config(config).items() if key not in beside_the_point}
         jobs.check(page.folder, said, page.bases)
         resolution = said.get("resolution") or SMALLEST
-        if method == "controlnetpp":
-            condition = generate.in_turn(data.condition_of)(said)  # it loads a model
-            column = said.get("condition_column") or condition.column
-            folder, keeping = data.MAPS, data.for_controlnets(condition, column)
-        else:
-            word = said.get("placeholder_token") if method == "neti" else None  # the other's captions are its templates
-            column, folder = None, data.MASKS
-            keeping = data.for_concepts(resolution, word)
-        with (
-            ui.stoppable(page, request) as stopped,
-            data.given(uploads or [], captions or "", beside or [], folder, column) as items,
-        ):
-            tell = generate.Timer(progress, "Checking", max(1, len(items)))
-            path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
+        with ui.stoppable(page, request) as stopped:
+            if method == "controlnetpp":
+                load = functools.partial(data.condition_of, said)
+                condition = generate.watched(load, "Loading what reads the maps", progress, stopped)
+                column = said.get("condition_column") or condition.column
+                folder, keeping = data.MAPS, data.for_controlnets(condition, column)
+            else:
+                word = said.get("placeholder_token") if method == "neti" else None  # the other's are its templates
+                column, folder = None, data.MASKS
+                keeping = data.for_concepts(resolution, word)
+            progress(0, desc="Opening what was uploaded")
+            with data.given(uploads or [], captions or "", beside or [], folder, column) as items:
+                tell = generate.Timer(progress, "Checking", max(1, len(items)))
+                path, findings = data.save_pictures(page.data, name, items, keeping, tell, stopped)
         chosen = gr.skip() if path is None else gr.Dropdown([*choices, *data.sets(page.data, method)], value=name)
         words = ["None of these pictures can be used."] if path is None else data.check(path, resolution)
         return chosen, "\n\n".join(words), gr.Dataframe([list(finding) for finding in findings], visible=True)

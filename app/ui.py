@@ -35,11 +35,15 @@ def curves(folder: Path, runs: list[str]) -> pd.DataFrame:
 
 @dataclass
 class Page:
-    """`folder`: the only one that names lead into. `bases`: what the page offers, name -> where it is."""
+    """`folder`: the only one that names lead into. `bases`: what the page offers, name -> where it is.
+
+    `base_config`: where the configs of those bases are that are files.
+    """
 
     folder: Path
     bases: dict[str, str]
     models: Models
+    base_config: str | None = None
     stops: dict[threading.Event, str] = field(default_factory=dict)  # of what is being done, with the session's name
     on_load: list[tuple[Callable, list]] = field(default_factory=list)
     """(function, outputs) of the tabs, for when somebody opens the page."""
@@ -47,6 +51,11 @@ class Page:
     @property
     def data(self) -> Path:
         return self.folder / "data"
+
+    def configs_of(self, base: str) -> str:
+        """The folder or Hub name that has the configs of a base; a file that is given none is named itself."""
+        place = self.bases.get(base, base)
+        return jobs.config_of_base(place, self.base_config) or place
 
 
 def picture_upload(**options: Any) -> gr.Image:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,11 +23,15 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from gradio.components.image_editor import EditorData, EditorDataBlobs
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import app.__main__
-from alignkit.artifacts import save_json
+from alignkit import load_base
+from alignkit.artifacts import save_json, save_lora
+from alignkit.base import add_lora, files_on_hub
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
 from alignkit.controls import SceneControls, open_controls
@@ -34,6 +39,8 @@ from alignkit.data import read_concept_images
 from app import data, explore, forms, generate, jobs, page, safety, ui
 from app.generate import Settings
 from tests.app_server import make_world, toy_command
+from tests.original_names import single_file
+from tests.tiny import tiny_sdxl
 
 ROOT = Path(__file__).parent.parent
 EMOJI = {"emoji": "emoji"}
@@ -438,18 +445,21 @@ def test_settings_in_unusual_yaml(text):
 
 
 def test_a_base_is_offered_the_configs_of_its_family(tmp_path):
-    def model(part: str, **config) -> str:
-        save_json(config, tmp_path / f"{part}-{len(config)}" / part / "config.json")
-        return str(tmp_path / f"{part}-{len(config)}")
+    def model(pipeline: str, width: int | None = None) -> str:
+        folder = tmp_path / f"{pipeline}-{width}"
+        save_json({"_class_name": pipeline}, folder / "model_index.json")
+        if width:
+            save_json({"cross_attention_dim": width}, folder / "unet" / "config.json")
+        return str(folder)
 
     sd15 = ("sd15", "sd15_aesthetic", "sd15_hps", "sd15_refl")
     offered = {
         "emoji": ("emoji", "emoji_aesthetic", "emoji_alignment", "emoji_pairs", "emoji_three"),
-        model("unet", cross_attention_dim=768): sd15,
-        model("unet", cross_attention_dim=1024, a=1): ("sd21",),
-        model("unet", cross_attention_dim=2048, a=1, b=1): ("sdxl",),
-        model("transformer", _class_name="SD3Transformer2DModel"): ("sd3",),
-        model("transformer", _class_name="FluxTransformer2DModel", a=1): ("flux",),
+        model("StableDiffusionPipeline", 768): sd15,
+        model("StableDiffusionPipeline", 1024): ("sd21",),
+        model("StableDiffusionXLPipeline", 2048): ("sdxl",),
+        model("StableDiffusion3Pipeline"): ("sd3",),
+        model("FluxPipeline"): ("flux",),
         "stabilityai/stable-diffusion-2-1": ("sd21",),
         "somebody/model": (*sd15, "flux", "sd21", "sd3", "sdxl"),
     }
@@ -471,6 +481,21 @@ def test_two_bases_of_one_name_are_refused(tmp_path):
     assert app.__main__.named(["emoji", one, one]) == {"emoji": "emoji", "model": one}
     with pytest.raises(ValueError, match="two are called 'model'"):
         app.__main__.named([one, other])
+
+
+def test_a_base_config_goes_with_a_file(tmp_path):
+    file, configs = tmp_path / "model.safetensors", tmp_path / "configs"
+    file.touch()
+    configs.mkdir()
+    bases = app.__main__.named([str(file), "owner/name"])
+    assert bases == {"model.safetensors": str(file), "owner/name": "owner/name"}
+    assert app.__main__.config_of_files(None, EMOJI) is None
+    assert app.__main__.config_of_files(os.path.relpath(configs), bases) == str(configs)
+    assert app.__main__.config_of_files("owner/configs", bases) == "owner/configs"
+    with pytest.raises(ValueError, match="--base_config: expected a --base that is a .safetensors file, got emoji"):
+        app.__main__.config_of_files(str(configs), EMOJI)
+    offered = ui.Page(tmp_path, bases, None, str(configs))
+    assert offered.configs_of("model.safetensors") == str(configs) and offered.configs_of("owner/name") == "owner/name"
 
 
 # Trainings
@@ -525,6 +550,22 @@ def test_a_training_is_stopped_resumed_and_finished(tmp_path, toy):
 
     jobs.delete(tmp_path, run)
     assert jobs.runs(tmp_path) == [] and not (tmp_path / run).exists()
+
+
+def test_a_training_on_a_file_is_told_its_base_config(tmp_path, toy):
+    file, configs = tmp_path / "model.safetensors", str(tmp_path / "configs")
+    file.touch()
+    bases = EMOJI | {"model.safetensors": str(file)}
+    config = f"max_train_steps: 1\n{forms.BASE}: model.safetensors"
+    run = jobs.start(tmp_path / "runs", "alignprop", "mine", config, bases, configs)
+    wait_for(tmp_path / "runs", run, "finished")
+    said = safety.read_config(jobs.config_of(tmp_path / "runs", run))
+    assert said == {"max_train_steps": 1, forms.BASE: str(file), "base_config": configs}
+    jobs.resume(tmp_path / "runs", run, bases, configs)
+    wait_for(tmp_path / "runs", run, "finished")
+    assert jobs._checked(tmp_path, "max_train_steps: 1", bases, configs) == "max_train_steps: 1"  # emoji has its own
+    with pytest.raises(ValueError, match="base_config: only files"):
+        jobs._checked(tmp_path / "runs", f"base_config: {tmp_path}/other", bases, configs)
 
 
 def test_a_trainer_s_number_may_go_to_another_process(tmp_path, toy):
@@ -762,6 +803,123 @@ def test_the_log_shows_a_progress_bar_once(tmp_path):
     assert jobs.status(tmp_path, "alignprop/mine").message == "one   two"
 
 
+# Getting ready
+
+
+def ready(models: generate.Models, stop: threading.Event, told: list, **fields) -> None:
+    generate.prepare(models, settings(**fields), lambda far, desc: told.append((far, desc)), stop)
+
+
+def test_loading_is_told_and_cancelled_at_once(world, monkeypatch):
+    """It goes on to its end, and is not begun a second time."""
+    told, loaded, stop, go_on = [], [], threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        loaded.append(args)
+        assert go_on.wait(60)
+        return load_base(*args, **options)
+
+    monkeypatch.setattr("alignkit.load_base", slow)
+    models = generate.Models(world.folder, world.bases)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ready, models, stop, told)
+        while not loaded:
+            time.sleep(0.01)
+        waiting = threading.Event()
+        second = pool.submit(ready, models, waiting, [])  # whose turn does not come
+        for cancelled, event in ((second, waiting), (first, stop)):
+            event.set()
+            with pytest.raises(generate.Cancelled):
+                cancelled.result(60)
+        go_on.set()
+    ready(models, threading.Event(), told, loras={"alignprop/style": 1.0})
+    assert len(loaded) == 1 and models.holds("tiny")
+    words = [desc for _, desc in told]
+    assert re.fullmatch(r"Loading tiny: \d+ s so far", words[0])
+    assert words[-1].startswith("Loading alignprop/style: ")
+    with pytest.raises(ValueError, match="This page offers tiny, got 'other'"):
+        ready(models, threading.Event(), told, base="other")
+
+
+@pytest.fixture
+def hub(world, tmp_path, monkeypatch):
+    """The tiny base as owner/name, of which the cache has the index alone; what is asked for besides comes as it does
+    from the Hub's client, a file at a time, and the last of them when `hub` is set."""
+    folder, go_on = Path(world.bases["tiny"]), threading.Event()
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copy(folder / "model_index.json", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def fetch(name, *, allow_patterns, tqdm_class):
+        assert name == "owner/name"
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        wanted = list(filter_repo_objects(files, allow_patterns=allow_patterns))
+        with (
+            tqdm_class(desc="Fetching", total=len(wanted)) as fetched,
+            tqdm_class(desc="bytes", total=0, initial=0, unit="B", unit_scale=True) as received,
+        ):
+            received.total += sum((folder / file).stat().st_size for file in wanted)
+            for file in wanted:
+                if file == wanted[-1]:
+                    received.update(0)
+                    assert go_on.wait(60)
+                received.update((folder / file).stat().st_size)
+                (snapshot / file).parent.mkdir(exist_ok=True)
+                shutil.copy(folder / file, snapshot / file)
+                fetched.update(1)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return go_on
+
+
+def test_a_base_of_the_hub_is_downloaded_first(world, hub):
+    """In a thread of its own, so that others work on; it is told by its bytes and ends soon after it is cancelled."""
+    models, told, stop = generate.Models(world.folder, {"owner/name": "owner/name"}), [], threading.Event()
+
+    def begun() -> threading.Thread | None:
+        return next((thread for thread in threading.enumerate() if thread.name == "download"), None)
+
+    with ThreadPoolExecutor(1) as pool:
+        downloading = pool.submit(ready, models, stop, told, base="owner/name")
+        while not any(far for far, _ in told):
+            time.sleep(0.01)
+        drawn = generate.draw(world, settings())
+        stop.set()
+        with pytest.raises(generate.Cancelled):
+            downloading.result(60)
+    hub.set()
+    if thread := begun():
+        thread.join(60)
+    assert not begun() and not models.holds("owner/name")
+    assert all(0 <= far < 1 for far, _ in told)
+    assert re.fullmatch(r"Downloading owner/name: about \d+ s left", told[-1][1])
+
+    ready(models, threading.Event(), told, base="owner/name")
+    assert (pixels(generate.draw(models, settings(base="owner/name"))) == pixels(drawn)).all()
+
+
+def test_of_the_hub_only_what_is_read_is_downloaded(world, tmp_path):
+    read = {
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
+        "tokenizer/merges.txt", "tokenizer/spiece.model", "scheduler/scheduler_config.json",
+    }  # fmt: skip
+    unread = {
+        "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/model.onnx", "unet/flax_model.msgpack",
+    }  # fmt: skip
+    patterns = files_on_hub(world.bases["tiny"])
+    assert set(filter_repo_objects([*read, *unread], allow_patterns=patterns)) == read
+
+
 # Pictures that are drawn
 
 
@@ -789,6 +947,38 @@ def test_base_and_tuned_come_from_the_same_noise(world):
     assert (pixels(generate.draw(world, settings(loras={"alignprop/style": 0.0}))) == plain).all()
     assert (pixels(generate.draw(world, tuned)) == changed).all()
     assert (pixels(generate.draw(world, settings(seed=4))) != plain).any()
+
+
+def test_sdxl(world, tmp_path):
+    """The presets of its family, and base and tuned from the same noise."""
+    place = str(tmp_path / "xl")
+    tiny_sdxl(load_base(world.bases["tiny"]).pipeline()).save_pretrained(place)
+    for method in jobs.METHODS:
+        assert list(forms.presets(method, "xl", place)) == [name for name in jobs.presets(method) if "sdxl" in name]
+    folder = tmp_path / "runs"
+    (folder / "alignprop" / "style").mkdir(parents=True)
+    (folder / "alignprop" / "style" / jobs.CONFIG).write_text("")
+    network = load_base(place).unet
+    for name, parameter in add_lora(network, 2, 2, ["to_q", "to_k", "to_v"]).items():
+        if ".lora_B." in name:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    save_lora(folder / "alignprop" / "style", network)
+    models = generate.Models(folder, {"xl": place})
+    tuned = settings(base="xl", loras={"alignprop/style": 1.0}, negative_prompt="a box")
+    plain, changed = (pixels(generate.draw(models, tuned, tuned=which)) for which in (False, True))
+    assert (plain != changed).any() and plain.shape == (16, 16, 3)
+    assert (pixels(generate.draw(models, settings(base="xl", negative_prompt="a box"))) == plain).all()
+    shown = explore.attention(models, settings(base="xl", prompt="a hat"), lambda *_: None, threading.Event())
+    assert [caption for _, caption in shown] == ["the picture", "a", "hat"]
+
+
+def test_a_base_that_is_one_file_is_drawn_with_by_its_base_config(world, tmp_path):
+    file, folder = tmp_path / "tiny.safetensors", world.bases["tiny"]
+    save_file(single_file(load_base(folder)), file)
+    configs = shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    models = generate.Models(world.folder, {"tiny": str(file), "folder": folder}, base_config=str(configs))
+    assert (pixels(generate.draw(models, settings())) == pixels(generate.draw(world, settings()))).all()
+    assert (pixels(generate.draw(models, settings(base="folder"))) == pixels(generate.draw(world, settings()))).all()
 
 
 def test_a_concept_is_drawn_and_its_noun_by_the_base(world):

@@ -3,6 +3,7 @@
 ALIGNKIT_SCREENSHOTS=folder keeps pictures of every tab, at a desktop's and a phone's width, in light and dark.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -31,10 +32,14 @@ expect = sync_api.expect
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
-    bases = make_world(folder)
-    with serving(folder / "runs", bases) as url:
+    return folder / "runs", make_world(folder)
+
+
+@pytest.fixture(scope="module")
+def url(world):
+    with serving(*world) as url:
         yield url
 
 
@@ -49,16 +54,23 @@ def browser():
 @pytest.fixture
 def screen(browser, url):
     """An open page; at the end, it must have had no error, and have asked nobody but its server."""
+    with looking(browser, url) as (screen, complaints):
+        open_page(screen, url)
+        yield screen
+    assert complaints == []
+
+
+@contextlib.contextmanager
+def looking(browser, url: str):
+    """An empty page, and what it complains of: errors, and whom it asks but its server."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     context.set_default_timeout(WAIT)
     screen, complaints = context.new_page(), []
     screen.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     screen.on("pageerror", lambda error: complaints.append(str(error)))
     screen.on("request", lambda request: complaints.append(request.url) if outside(request.url, url) else None)
-    open_page(screen, url)
-    yield screen
+    yield screen, complaints
     context.close()
-    assert complaints == []
 
 
 def outside(address: str, url: str) -> bool:
@@ -283,6 +295,24 @@ def test_pictures_of_ones_own_are_checked_one_by_one(screen, tmp_path):
     expect(table).to_contain_text("million pixels", timeout=WAIT)
     expect(table).to_contain_text("is not a picture")
     expect(table).to_contain_text("001.png")
+
+
+def test_a_password_is_asked_for(browser, world):
+    with serving(*world, password="sesame") as url, looking(browser, url) as (screen, complaints):
+        screen.goto(url)
+        expect(screen.get_by_text("The name is alignkit")).to_be_visible(timeout=WAIT)
+        for password in ("guess", "sesame"):
+            screen.get_by_label("username").fill("alignkit")
+            screen.get_by_label("password").fill(password)
+            screen.get_by_role("button", name="Login").click()
+            if password == "guess":
+                expect(screen.get_by_text("Incorrect Credentials")).to_be_visible(timeout=WAIT)
+                expect(screen.locator("#prompt")).to_have_count(0)
+        screen.locator("#prompt textarea").fill("a hat")
+        screen.locator("#generate").click()
+        expect(screen.locator("#base_image img")).to_be_visible(timeout=WAIT)
+    (refusal,) = complaints  # the browser's own word about the wrong password
+    assert "400 (Bad Request)" in refusal
 
 
 @pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)], ids=["desktop", "phone"])

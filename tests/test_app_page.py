@@ -1,11 +1,16 @@
 """The running page through its API: what a program of yours would call, and what somebody with bad intentions."""
 
+import io
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import httpx
@@ -242,6 +247,19 @@ def test_a_config_does_not_reach_out(client, config):
     assert "alignprop/bad" not in client.predict(api_name="/list_runs")
 
 
+def test_the_example_of_a_client(world, tmp_path):
+    """As a program of its own; the tiny base has the name of the one that its config trains."""
+    script = Path(page.__file__).with_name("example_client.py")
+    with serving(world[0] / "runs", {"emoji": world[1]["tiny"]}) as url:
+        command = [sys.executable, str(script), "--url", url, "--max_train_steps", "2"]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    assert jobs.status(world[0] / "runs", "alignprop/example").step == 2
+    jobs.delete(world[0] / "runs", "alignprop/example")
+    assert pixels(str(tmp_path / "base.png")) != pixels(str(tmp_path / "tuned.png"))
+    used, _ = generate.read_settings(tmp_path / "tuned.png")
+    assert used.loras == {"alignprop/example": 1.0} and used.seed == 3
+
+
 # What is asked past the client
 
 
@@ -257,13 +275,36 @@ def test_files_of_the_machine_are_not_served(url, world):
 
 
 def test_uploads_have_a_size_and_a_kind(url, client, tmp_path):
-    large = {"files": ("large.png", b"0" * (safety.MAX_FILE_BYTES + 1))}
-    assert httpx.post(f"{url}/gradio_api/upload", files=large).status_code == 413
+    with open(tmp_path / "large.zip", "w+b") as large:
+        large.truncate(safety.MAX_ZIP_BYTES + 1)
+        answer = httpx.post(f"{url}/gradio_api/upload", files={"files": ("large.zip", large)}, timeout=60)
+    assert answer.status_code == 413
     for name, content, why in [("bomb.png", png_of_size(60_000, 60_000), "million pixels"),
-                               ("page.png", b"<html>", "not a picture")]:  # fmt: skip
+                               ("page.png", b"<html>", "not a picture"),
+                               ("large.png", bytes(safety.MAX_FILE_BYTES + 1), "more than 20 MB")]:  # fmt: skip
         (tmp_path / name).write_bytes(content)
+        given = handle_file(str(tmp_path / name))
         with pytest.raises(AppError, match=why):
-            client.predict(handle_file(str(tmp_path / name)), api_name="/reward_map")
+            client.predict(given, api_name="/reward_map")
+        with pytest.raises(AppError, match=why):
+            client.predict(given, api_name="/read_settings")
+
+
+def test_a_zip_may_hold_more_than_a_file(client, tmp_path):
+    """As photographs of a phone do; each of them is measured alone."""
+    photograph = io.BytesIO()
+    Image.frombytes("RGB", (1700, 1700), os.urandom(3 * 1700**2)).save(photograph, "PNG", compress_level=0)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", photograph.getvalue())
+    assert (tmp_path / "set.zip").stat().st_size > safety.MAX_FILE_BYTES
+    given = [handle_file(str(tmp_path / "set.zip"))], "", None, "resolution: 64"
+    *_, table = client.predict("photos", *given, api_name="/keep_pictures_customize")
+    assert [row[1] for row in table["value"]["data"]] == ["used"] * 3
+    with zipfile.ZipFile(tmp_path / "set.zip", "a") as archive:
+        archive.writestr("3.png", bytes(safety.MAX_FILE_BYTES + 1))
+    with pytest.raises(AppError, match="3.png has more than 20 MB"):
+        client.predict("large", *given, api_name="/keep_pictures_customize")
 
 
 def test_a_path_that_was_not_uploaded_is_not_opened(url, client, world):
