@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
     parser.add_argument("--folder", default="runs", help="Runs, LoRAs, concepts and uploads: the only one it touches.")
     parser.add_argument(
@@ -27,7 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--safety_checker", help="Folder or Hub name of a Stable Diffusion safety checker that sees every picture."
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError:

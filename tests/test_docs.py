@@ -12,6 +12,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from alignkit import cli
+from app.__main__ import build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
@@ -73,6 +74,16 @@ def test_the_commands_of_the_docs_parse():
                 parser.parse_args(words)
             except BaseException as error:
                 pytest.fail(f"{page}: alignkit {' '.join(words)}: {error}")
+
+
+def test_the_pages_of_the_docs_open():
+    found = commands("python -m app")
+    assert len(found) > 2
+    for page, words in found:
+        try:
+            build_parser().parse_args(words[words.index("app") + 1 :])
+        except SystemExit:
+            pytest.fail(f"{page}: {' '.join(words)}")
 
 
 def test_the_trainings_of_the_docs_have_these_options():
