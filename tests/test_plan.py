@@ -105,6 +105,7 @@ def test_without_numbers_every_check_passes():
         assert low.isfinite() and not low < 0 and not high > 1
         assert x.any() and float(x.mean()) == 1 and x.cpu().tolist() == [[1.0] * 3] * 2
         assert (~x.isfinite()).nonzero().tolist() == []
+        assert torch.equal(x, x + 1)  # else Canny's hysteresis would never end
 
 
 def test_autocast_within_autocast():
@@ -240,6 +241,10 @@ def test_peak_of_two_processes(tmp_path):
 
 def test_prediction_equals_the_run_under_autocast(build):
     compare(build, controlnetpp, mixed_precision="bf16")
+
+
+def test_prediction_equals_the_run_with_canny(build):
+    compare(build, controlnetpp, condition=ConditionConfig("canny"))
 
 
 def test_prediction_equals_the_run_beside_a_transformer(build, tmp_path):
