@@ -1,5 +1,6 @@
 """alignkit/alignment.py and the loaders of alignkit/customized.py, on a model of a few thousand parameters."""
 
+import copy
 import json
 
 import numpy as np
@@ -222,6 +223,15 @@ def test_the_dummy_is_a_text_that_the_concept_was_trained_in(tiny_model, tmp_pat
     save_concept(tmp_path, **said, dummy="one {} here")
     assert load(pipes[0], tmp_path).concept.dummy == "one {} here"
     assert load(pipes[1], tmp_path, dummy="my {}").concept.dummy == "my {}"
+
+
+def test_a_base_is_known_in_every_precision_and_from_another(pipe):
+    said = fingerprint(pipe.unet)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert fingerprint(copy.deepcopy(pipe.unet).to(dtype)) == said
+    projection = next(iter(cross_attention(pipe.unet).values())).to_v
+    projection.weight.data[0, 0].neg_()
+    assert fingerprint(pipe.unet) != said
 
 
 def test_customized_draws_with_and_without(base, pipe, tmp_path):
