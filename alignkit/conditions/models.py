@@ -18,6 +18,8 @@ from alignkit.random_init import JUDGES
 from alignkit.rewards.clip import IMAGENET_STATISTICS, image_statistics, interpolation_of, processor_config
 from alignkit.rewards.reward import frozen
 
+UNCHANGED = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and standard deviation
+
 
 def find_model(name: str) -> str:
     """The model's folder or Hub name; in a plan, which needs the shapes alone, the folder that JUDGES has of it."""
@@ -53,7 +55,8 @@ def preprocessing(
         stated = tuple(sides) if isinstance(sides, Sequence) else (sides, sides)
         if resolution is not None:
             raise ValueError(f"resolution: {path} takes images of {stated[0]} x {stated[1]} alone: leave it null")
-    mean, std = image_statistics(path, *IMAGENET_STATISTICS)
+    unstated = UNCHANGED if model.model_type == "glpn" else IMAGENET_STATISTICS  # GLPN's processor normalises nothing
+    mean, std = image_statistics(path, *unstated)
 
     def arguments(images: Tensor) -> dict[str, Any]:
         return {

@@ -285,5 +285,7 @@ def interpolation_of(processor: dict) -> str:
 def image_statistics(path: str, default_mean: Sequence[float], default_std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [3,1,1] that a model's `preprocessor_config.json` states, or the defaults."""
     config = processor_config(path)
-    mean, std = config.get("image_mean", default_mean), config.get("image_std", default_std)
+    if config.get("do_normalize") is False:
+        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    mean, std = config.get("image_mean") or default_mean, config.get("image_std") or default_std
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
