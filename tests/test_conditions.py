@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import yaml
 from kornia.filters import canny
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, SegformerConfig, SegformerImageProcessor
+from transformers import AutoImageProcessor, GLPNConfig, GLPNImageProcessor, SegformerConfig, SegformerImageProcessor
 
 from alignkit.conditions import CONDITIONS, Condition, build_condition, model_input, probe_condition, score
 from alignkit.conditions.models import preprocessing
 from alignkit.conditions.segmentation import IGNORE, distinct_colors
 from alignkit.emoji import resolve
+from alignkit.random_init import toy_clip
 from alignkit.rewards import probe_images
 from tests.toy_conditions import save_depth_anything, save_dpt_hybrid, save_estimator, save_segmenter, save_upernet
 
@@ -231,6 +233,43 @@ def test_label_files(make):
         segmentation.read(Image.fromarray(np.array([[-1, 0]], dtype=np.int32)))
 
 
+def test_oneformer_is_told_its_task(tmp_path):
+    """As its own processor writes it; the padding of the text is 0."""
+    from transformers import (
+        OneFormerConfig,
+        OneFormerForUniversalSegmentation,
+        OneFormerImageProcessor,
+        OneFormerProcessor,
+        SwinConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = SwinConfig(
+        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = OneFormerConfig(
+        backbone_config=backbone, conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
+        decoder_layers=3, num_attention_heads=2, dim_feedforward=16, num_queries=6, query_dec_layers=1, num_labels=5,
+        is_training=False,
+    )  # fmt: skip
+    model = OneFormerForUniversalSegmentation(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = toy_clip(77)
+    tokenizer.save_pretrained(tmp_path)
+    segmentation = build_condition("segmentation", model=str(tmp_path))
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    told = OneFormerProcessor._preprocess_text(processor, ["the task is semantic"], config.task_seq_len)
+    assert torch.equal(segmentation.task, told) and not told[0, -1]
+    images = pictures(2)
+    with torch.no_grad():
+        output = model(model_input(images, **segmentation.input(images)), told.repeat(2, 1))
+        output.masks_queries_logits = F.interpolate(output.masks_queries_logits, (SIZE, SIZE), mode="bilinear")
+    expected = OneFormerImageProcessor.post_process_semantic_segmentation(None, output)
+    assert (segmentation.extract(images) == torch.stack(expected)).float().mean() > 0.999
+    probe_condition(segmentation, 32, 32)
+
+
 def test_universal_segmenters_agree_with_transformers(tmp_path):
     from transformers import (
         Mask2FormerConfig,
@@ -292,6 +331,8 @@ def test_depth_files(make):
         depth.read(Image.fromarray(np.full((2, 2), 7, dtype=np.uint8)))
     with pytest.raises(ValueError, match="colour picture"):
         depth.read(Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)))
+    with pytest.raises(ValueError, match="got a picture of mode CMYK"):  # a JPEG may be
+        depth.read(Image.new("CMYK", (2, 2)))
     with pytest.raises(ValueError, match="not negative"):
         depth.read(Image.fromarray(np.array([[-1.0, 2.0]], dtype=np.float32)))
 
@@ -339,6 +380,17 @@ def test_preprocessing_matches_the_image_processor(tmp_path, size):
     arguments = preprocessing(str(tmp_path), SegformerConfig())(images)
     difference = (model_input(images, **arguments) - expected) * arguments["std"]
     assert difference.abs().max() < 2 / 255
+
+
+@pytest.mark.parametrize(
+    ("processor", "model"),
+    [(GLPNImageProcessor(), GLPNConfig()), (SegformerImageProcessor(do_normalize=False), SegformerConfig())],
+)
+def test_what_a_processor_does_not_normalise_stays_as_it_is(tmp_path, processor, model):
+    processor.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 32)
+    arguments = preprocessing(str(tmp_path), model, resolution=32)(images)
+    assert torch.equal(model_input(images, **arguments), images)
 
 
 def test_model_input_keeps_the_aspect():

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
+    AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
 
@@ -46,18 +47,22 @@ class Segmentation(Condition):
     ):
         super().__init__()
         path = find_model(model)
-        self.universal = AutoConfig.from_pretrained(path).model_type in UNIVERSAL
+        model_type = AutoConfig.from_pretrained(path).model_type
+        self.universal = model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if self.universal else AutoModelForSemanticSegmentation
         self.segmenter = load_model(kind, path)
         self.input = preprocessing(path, self.segmenter.config, resolution)
         self.num_classes = self.segmenter.config.num_labels
+        task = task_tokens(path, self.segmenter.config.task_seq_len) if model_type == "oneformer" else None
+        self.register_buffer("task", task, persistent=False)
         colors = distinct_colors(self.num_classes) if palette is None else read_palette(palette, self.num_classes)
         self.register_buffer("palette", torch.cat([colors, torch.zeros(1, 3)]), persistent=False)  # last: unlabelled
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B,C,H,W] (log scores, for a universal segmenter)."""
         size = images.shape[-2:]
-        output = self.segmenter(pixel_values=model_input(images, **self.input(images)))
+        told = {} if self.task is None else {"task_inputs": self.task.expand(len(images), -1)}
+        output = self.segmenter(pixel_values=model_input(images, **self.input(images)), **told)
         if not self.universal:
             return F.interpolate(output.logits, size=size, mode="bilinear", align_corners=False)
         classes = output.class_queries_logits.softmax(-1)[..., :-1]  # without "no object"
@@ -103,6 +108,14 @@ class MeanIoU(MulticlassJaccardIndex):
     def update(self, extracted: Tensor, targets: Tensor) -> None:
         if not extracted.is_meta:  # a plan has no classes to count, nor how many are labelled
             super().update(extracted, targets)
+
+
+def task_tokens(path: str, length: int) -> Tensor:
+    """[1, length]: what OneFormer, which does several tasks, is told of this one, as its own processor writes it."""
+    tokens = AutoTokenizer.from_pretrained(path)(
+        ["the task is semantic"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids * tokens.attention_mask
 
 
 def distinct_colors(number: int) -> Tensor:
