@@ -125,6 +125,8 @@ def gray(picture: Image.Image) -> Tensor:
         raise ValueError("expected a map with one value a pixel, got a palette picture: save it in mode L or I;16")
     if picture.mode in ("1", "LA"):  # 1: what is saved with one bit a pixel is black and white, not 0 and 1
         picture = picture.convert("L")
+    if len(picture.getbands()) > 1:
+        raise ValueError(f"expected a map with one value a pixel, got a picture of mode {picture.mode}")
     return torch.from_numpy(np.asarray(picture).astype(np.float32))
 
 
