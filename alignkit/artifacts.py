@@ -185,11 +185,15 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def contents_digest(path: str | os.PathLike) -> str:
-    """Of a file what it holds; of a folder the names and sizes of all in it, and what its texts hold (.txt, .jsonl)."""
+    """Of a file what it holds; of a folder the names and sizes of all in it, and what its texts hold (.txt, .jsonl).
+
+    Hidden files do not count, which file managers and notebooks leave where they have been.
+    """
     path = Path(path)
     if path.is_file():
         return sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    shown = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = sorted(file for file in shown if file.is_file())
     texts = (".txt", ".jsonl")
     said = [[str(f.relative_to(path)), f.stat().st_size, sha256(f) if f.suffix in texts else None] for f in files]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
