@@ -464,10 +464,9 @@ def _check_machine() -> list[str]:
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         print(f"  cuda:{i} {torch.cuda.get_device_name(i)}, memory {free / gib:.1f} of {total / gib:.1f} GiB free")
-    if torch.backends.mps.is_available():
-        print("  mps")
-    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        print(f"  no GPU; torch uses {torch.get_num_threads()} CPU threads")
+    if not torch.cuda.is_available():
+        unused = " that is used here (Apple's has no float64)" if torch.backends.mps.is_available() else ""
+        print(f"  no GPU{unused}; torch uses {torch.get_num_threads()} CPU threads")
     return [f"only {disk.free / gib:.1f} GiB of disk free here"] if disk.free < gib else []
 
 

@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import LoggerType, broadcast, set_seed
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, broadcast, set_seed
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
@@ -65,7 +66,10 @@ except ImportError:  # Windows: two processes in one output_dir go unnoticed the
 
 DRY_RUN_STEPS = 2  # the first warms up, the second is measured
 MIN_LOSS_SCALE = 2.0**-10  # fp16: a scale that falls below this is not going to recover
-DATA = ("prompt_file", "train_data_dir", "instance_data_dir")  # what is learnt from, as the trainers' configs name it
+# What is learnt from, as the trainers' configs name it.
+DATA = ("prompt_file", "train_data_dir", "instance_data_dir", "class_data_dir")
+# What the main process does alone, such as drawing images of a class, may outlast the ten minutes that NCCL waits.
+PATIENCE = timedelta(hours=12)
 
 
 def lr_factor(step: int, lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> float:
@@ -84,6 +88,11 @@ def lr_factor(step: int, lr_scheduler: str, lr_warmup_steps: int, max_train_step
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[lr_scheduler]
+
+
+def _has_accelerator() -> bool:
+    """But for Apple's, which has no float64, as noise schedules and metrics are: the CPU takes its place."""
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
 
 
 def _refuse_sharding() -> None:
@@ -116,10 +125,11 @@ class Run:
             raise ValueError(f"report_to: expected one of {', '.join(trackers)} or none, got {cfg.report_to!r}")
         _refuse_sharding()
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else two CPU ranks of torchrun are strangers to accelerate
+            cpu=not _has_accelerator(),  # else two CPU ranks of torchrun are strangers to accelerate
             mixed_precision="no",  # frozen parts are cast to weight_dtype, trained ones are float32: no autocast
             log_with=None if cfg.report_to == "none" or cfg.dry_run else cfg.report_to,
             project_dir=self.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         self.device = torch.device("meta") if cfg.estimate != "no" else self.accelerator.device
         self.device_type = self.device.type if cfg.estimate == "no" else cfg.estimate

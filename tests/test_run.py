@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.toy import ToyConfig, launch, toy_config, toy_loss, toy_params, train
 class OnData(ToyConfig):
     prompt_file: str = ""
     train_data_dir: str = ""
+    class_data_dir: str = ""
 
 
 def checkpoints(folder):
@@ -133,21 +135,47 @@ def test_another_config_is_refused_by_field(finished):
 
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     """A resumed run equals an uninterrupted one, which has seen the same data to its end."""
-    folder, prompts = tmp_path / "pictures", tmp_path / "prompts.txt"
+    folder, classes, prompts = tmp_path / "pictures", tmp_path / "classes", tmp_path / "prompts.txt"
     folder.mkdir()
+    classes.mkdir()
+    (classes / "dog.png").write_bytes(b"dog")
     (folder / "cat.png").write_bytes(b"cat")
     (folder / "cat.txt").write_text("a cat")
     prompts.write_text("a cat")
-    cfg = OnData(**vars(toy_config(tmp_path / "run")), prompt_file=str(prompts), train_data_dir=str(folder))
+    places = {"prompt_file": str(prompts), "train_data_dir": str(folder), "class_data_dir": str(classes)}
+    cfg = OnData(**vars(toy_config(tmp_path / "run")), **places)
     train(cfg)
-    for file, other in ((prompts, "a dog"), (folder / "cat.txt", "a dog"), (folder / "cat.png", "kitten")):
+    for name, file, other in (
+        ("prompt_file", prompts, "a dog"),
+        ("train_data_dir", folder / "cat.txt", "a dog"),
+        ("train_data_dir", folder / "cat.png", "kitten"),
+        ("class_data_dir", classes / "dog.png", "puppy"),
+    ):
         before = file.read_bytes()
         file.write_text(other)
-        name = "prompt_file" if file == prompts else "train_data_dir"
         with pytest.raises(ValueError, match=rf"another config:\n  contents of {name}: \w+ there, \w+ now\nResume"):
             Run(cfg)
         file.write_bytes(before)
+    (folder / ".DS_Store").write_bytes(b"a file manager was here")
     assert train(cfg).position == 10
+
+
+def test_the_others_wait_for_what_the_main_process_does_alone(tmp_path):
+    """Drawing 200 images of a class takes longer than the ten minutes that NCCL waits unless told."""
+    assert Run(toy_config(tmp_path)).accelerator.init_handler.timeout > timedelta(hours=1)
+
+
+@pytest.mark.parametrize(("device", "on_cpu"), [("cuda", False), ("mps", True)])
+def test_a_gpu_without_float64_is_left_alone(device, on_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(device))
+
+    def told(cpu, **options):
+        raise InterruptedError(cpu)
+
+    monkeypatch.setattr("alignkit.run.Accelerator", told)
+    with pytest.raises(InterruptedError, match=str(on_cpu)):
+        Run(toy_config(tmp_path))
 
 
 def test_what_another_config_made_is_not_written_over(finished):
