@@ -209,7 +209,7 @@ def check_folder(
     """
     folder = Path(folder)
     column = column or (condition and condition.column)
-    named = [(row, where) for row, where in read_metadata(folder, column)]
+    named = list(read_metadata(folder, column))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = pool.map(lambda row: check_row(row, condition), [row for row, _ in named])
         problems = list(tqdm(checks, "checking the data", len(named), disable=len(named) < 1000, leave=False))

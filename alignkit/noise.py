@@ -46,10 +46,8 @@ class NoiseSchedule:
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     shift: float = 1.0  # flow only: sigma -> shift sigma / (1 + (shift - 1) sigma)
-    sigma_range: tuple[float, float] | None = (
-        0.0,
-        1.0,
-    )  # flow only: last and first sigma before the shift; None: 1/N, 1
+    # flow only: last and first sigma before the shift; None: 1/N, 1
+    sigma_range: tuple[float, float] | None = (0.0, 1.0)
     # flow only: two points (image tokens, log shift) of a line that gives the shift of any size of image
     dynamic_shift: tuple[tuple[int, float], tuple[int, float]] | None = None
 
