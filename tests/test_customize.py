@@ -261,6 +261,21 @@ def test_class_images_of_other_settings_are_drawn_anew(config, monkeypatch):
         (folder / "README.md").unlink()  # or it would have finished
 
 
+def test_images_of_the_class_that_are_not_finite_stop_the_run(config, monkeypatch):
+    """Before they are saved: 8 bits would make them black."""
+
+    def broken(*args, **options):
+        base = load_base(*args, **options)
+        base.unet.conv_out.bias.data.fill_(float("nan"))
+        return base
+
+    monkeypatch.setattr("alignkit.run.load_base", broken)
+    cfg = config()
+    with pytest.raises(FloatingPointError, match=r"Pictures \[0, 1, 2\] of 3 are not finite"):
+        train(cfg)
+    assert not list(Path(cfg.output_dir).rglob("*.png"))
+
+
 def test_the_customiser_of_the_docs_trains_and_loads(tiny_model, images, tmp_path):
     """The script of docs/customize.md; what it leaves draws with AlignIT, and its keys alone have moved."""
     text = (ROOT / "docs" / "customize.md").read_text()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignkit.artifacts import atomic, load_json, read_events, remove, save_json, save_lora, save_strip, write_card
-from alignkit.base import Base, add_lora
+from alignkit.base import Base, add_lora, require_finite
 from alignkit.config import DiffusionConfig, LoraConfig, command, free, to_dict
 from alignkit.customized import (
     cross_attention,
@@ -338,7 +338,10 @@ def draw(cfg: Config, base: Base, text: Text, phrase: str) -> Tensor:
 
 @torch.no_grad()
 def sample(cfg: Config, base: Base, condition: Condition, negative: Condition) -> Tensor:
-    """An image per row of the condition from the stock pipeline, image i with seed i."""
+    """An image per row of the condition from the stock pipeline, image i with seed i.
+
+    Raises FloatingPointError where one is not finite: saved, it would be black, and be learnt as what the class is.
+    """
     base.unet.eval()
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -362,7 +365,7 @@ def sample(cfg: Config, base: Base, condition: Condition, negative: Condition) -
                 output_type="pt",
             ).images
         )
-    return torch.cat(images).float().clamp(0, 1)
+    return require_finite(torch.cat(images), base.unet.dtype).float().clamp(0, 1)
 
 
 def export(run: Run, cfg: Config, base: Base, text: Text, base_fingerprint: str, before: Tensor, after: Tensor) -> None:
