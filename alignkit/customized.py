@@ -6,7 +6,7 @@
 | Custom Diffusion              | pytorch_custom_diffusion_weights.safetensors | W_k, W_v of cross-attention  |
 | LoRA (diffusers, kohya)       | pytorch_lora_weights.safetensors             | any layer                    |
 | LoRA (peft)                   | adapter_model.safetensors and its config     | any layer of the U-Net       |
-| DreamBooth                    | unet/, text_encoder/ in diffusers' layout    | all of them                  |
+| DreamBooth                    | unet/, text_encoder(_2)/ of diffusers        | all of them                  |
 | NeTI, P+                      | a folder of training/neti.py                 | text, by layer and timestep  |
 """
 
@@ -167,7 +167,7 @@ def load(
 
     `path`: a folder of `training/customize.py` or `training/neti.py` (which say what the concept is called); a file of
     Textual Inversion; a LoRA of diffusers, peft or kohya; Custom Diffusion's weights, with learned_embeds.safetensors
-    beside them or not; a folder with the unet/ (and text_encoder/) of DreamBooth. Of others' files, `phrase` and
+    beside them or not; a folder with the unet/ (and text encoders) of DreamBooth. Of others' files, `phrase` and
     `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was trained in; what the folder says,
     else "a photo of {}". The pipeline is changed; DreamBooth gets one of its own.
 
@@ -245,10 +245,10 @@ def load_lora_file(pipe: Any, path: str | Path, adapter_name: str = "default") -
 
 
 def _dreambooth(pipe: Any, path: Path) -> Any:
-    """A pipeline with the U-Net (and text encoder) of a folder, and the rest of `pipe`."""
+    """A pipeline with the U-Net (and text encoders) of a folder, and the rest of `pipe`."""
     parts = dict(pipe.components)
-    for name in ("unet", "text_encoder"):
-        if (path / name).is_dir():
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        if name in parts and (path / name).is_dir():
             dtype, device = parts[name].dtype, parts[name].device
             own = read_pretrained(type(parts[name]), path, subfolder=name, dtype=dtype)
             parts[name] = own.to(device).eval().requires_grad_(False)

@@ -24,7 +24,7 @@ from alignkit.customized import (
     save_embeddings,
 )
 from tests.test_alignit import draw, new_pipe, shake, trace
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_sdxl
 
 NAMES = {"phrase": "<t> dog", "class_noun": "dog"}
 SETTINGS = alignment.Settings(num_inference_steps=2)
@@ -223,6 +223,18 @@ def test_the_dummy_is_a_text_that_the_concept_was_trained_in(tiny_model, tmp_pat
     save_concept(tmp_path, **said, dummy="one {} here")
     assert load(pipes[0], tmp_path).concept.dummy == "one {} here"
     assert load(pipes[1], tmp_path, dummy="my {}").concept.dummy == "my {}"
+
+
+def test_dreambooth_of_sdxl_brings_both_text_encoders(pipe, tmp_path):
+    base, own = tiny_sdxl(pipe), tiny_sdxl(pipe)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        shake(getattr(own, name).parameters())
+        getattr(own, name).save_pretrained(tmp_path / name)
+    loaded = load(base, tmp_path, **NAMES)
+    assert loaded.base is base
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        got, there = (getattr(p, name).state_dict() for p in (loaded.pipe, own))
+        assert all(torch.equal(got[key], tensor) for key, tensor in there.items()), name
 
 
 def test_a_base_is_known_in_every_precision_and_from_another(pipe):
