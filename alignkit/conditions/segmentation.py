@@ -17,13 +17,14 @@ from transformers import (
     AutoModelForUniversalSegmentation,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
 
 from alignkit.conditions.condition import Condition, model_input
 from alignkit.conditions.models import find_model, load_model, preprocessing
 
 # Of a label: says nothing of that pixel, as in the files of ADE20K and COCO-Stuff; also where there are more classes.
 IGNORE = 255
+# By model_type: those whose queries have a class and a mask each. DETR, which is also called universal, has others.
+UNIVERSAL = ("eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer")
 
 
 class Segmentation(Condition):
