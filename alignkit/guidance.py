@@ -200,9 +200,10 @@ def best_noise(
 
     `fresh` gives the call's options, with new generators each time.
     """
-    # K is of noise of deviation 1, and schedulers that keep x_0 + sigma noise start from more
-    unit = float(pipe.scheduler.init_noise_sigma)
     x_T = initial_latents(pipe, prompt, **fresh())
+    # K is of noise of deviation 1, and schedulers that keep x_0 + sigma noise start from more: how much, they know of
+    # the timesteps that this call has set
+    unit = float(pipe.scheduler.init_noise_sigma)
 
     with with_gradient(pipe) as call:
 

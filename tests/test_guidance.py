@@ -189,6 +189,16 @@ def test_rewards_rise(pipe):
     assert torch.equal(plain, composed(["a dog", "a hat"], ascent=0, reward_scale=0.0, **settings).rewards)
 
 
+def test_the_first_ascent_of_a_scheduler_is_as_the_second(pipe):
+    """Euler's noise has another deviation before its first call than at the timesteps of a call."""
+    before = pipe.scheduler
+    pipe.scheduler = EulerDiscreteScheduler.from_config(before.config)
+    composed, settings = alignkit.compose(pipe), STEPS | {"seed": 1, "reward": Red(), "ascent": 2}
+    first, second = (composed("a dog", **settings).images for _ in range(2))
+    pipe.scheduler = before
+    assert torch.equal(first, second)
+
+
 def test_stopped_half_way_nothing_is_left(pipe):
     class Stop(Red):
         def score(self, images, prompts, **columns):
