@@ -19,7 +19,7 @@ from alignkit.guidance import (
     with_gradient,
 )
 from alignkit.noise import NoiseSchedule
-from tests.tiny import save_tiny_model, tiny_sdxl
+from tests.tiny import SD_BETAS, save_tiny_model, tiny_sdxl
 from tests.toy_rewards import Red
 
 STEPS = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
@@ -109,6 +109,16 @@ def test_steering_moves_the_predicted_noise_against_the_gradient(kind):
     expected = -0.3 * sigma * math.sqrt(36) * gradient[0] / gradient[0].norm()
     assert torch.allclose(new[0] - eps[0], expected) and torch.equal(new[1], eps[1])
     assert torch.equal(steer(output, gradient, schedule, timestep, 0.0), output)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_noise_without_any_signal_is_left_alone(scheduler):
+    """Zero terminal SNR: at alpha = 0 (Euler: 2^-12), v would move by 1 / 0 (by 4,096) of what eps does."""
+    settings = SD_BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_scheduler(scheduler(**settings))
+    output, gradient = torch.randn(2, 1, 4, 3, 3).unbind()
+    assert torch.equal(steer(output, gradient, schedule, 999, 0.3), output)
+    assert not torch.allclose(steer(output, gradient, schedule, 990, 0.3), output)
 
 
 # Stock pipelines
