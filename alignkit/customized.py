@@ -100,7 +100,8 @@ def load_custom_diffusion(pipe_or_unet: Any, path: str | Path) -> None:
             part: weights.pop(f"{name}.processor.{part}_custom_diffusion.weight", None) for part in ("to_k", "to_v")
         }
         for part, weight in found.items():
-            expected = list(base_layer(getattr(layer, part)).weight.shape)
+            projection = base_layer(getattr(layer, part))
+            expected = [projection.out_features, projection.in_features]
             if weight is None or list(weight.shape) != expected:
                 got = "none" if weight is None else list(weight.shape)
                 raise ValueError(
@@ -178,7 +179,8 @@ def load(
         raise ValueError(f"{path} does not exist: expected a folder or a safetensors file.")
     if (path / CONCEPT).is_file():
         said = read_concept(path)
-        if said["base_fingerprint"] != fingerprint(pipe.unet):
+        # a quantised base has other weights, of which none can tell what they were
+        if not getattr(pipe.unet, "is_quantized", False) and said["base_fingerprint"] != fingerprint(pipe.unet):
             raise ValueError(
                 f"{path} was trained on another base model ({said['base_model']}): W_k and W_v differ. Load that base."
             )

@@ -290,6 +290,14 @@ def test_a_style_that_changes_the_text_encoder(kind, new_pipe, model, tmp_path):
     assert not torch.equal(draw(pipe), draw(new_pipe())) and torch.equal(draw(composed.base), draw(new_pipe()))
 
 
+def test_a_customiser_on_a_quantised_base(model):
+    """Whose weights are not those of its fingerprint."""
+    pytest.importorskip("torchao")
+    composed = alignkit.compose(load_base(str(model / "model"), quantization="int8"), concepts=[model / "lora"])
+    for aligned in (False, True):
+        assert composed("a qx dog and a hat", seed=0, alignit=aligned, **STEPS).images.isfinite().all()
+
+
 def test_a_customiser_beside_learned_concepts(new_pipe, model):
     pipe = new_pipe()
     load_lora(pipe, model / "lora")
