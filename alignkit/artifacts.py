@@ -492,7 +492,11 @@ def _check_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> No
         down, up = (weights.pop(f"{name}.lora_{part}.weight", None) for part in "AB")
         if down is None or up is None:
             raise ValueError(f"{path} is incomplete: expected lora_A and lora_B of {name}")
-        expected, got = list(layers[name].weight.shape[:2]), [up.shape[0], down.shape[1]]  # [out, in]
+        layer = layers[name]
+        # not by the weight of a linear layer, which is packed where it has 4 bits
+        linear = isinstance(layer, nn.Linear)
+        expected = [layer.out_features, layer.in_features] if linear else list(layer.weight.shape[:2])
+        got = [up.shape[0], down.shape[1]]
         if expected != got or down.shape[0] != up.shape[1]:
             raise ValueError(
                 f"{path} does not fit this base model: expected {name} of [out, in] = {expected}, got {got} "

@@ -354,7 +354,8 @@ def only_adapters(layer: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
 def _same_layer(other: nn.Module, name: str, attention: Attention) -> Attention:
     """The layer of that name in another network."""
     found = dict(_unwrap(other).named_modules()).get(name)
-    shapes = [None if a is None else [list(_plain(a, p).weight.shape) for p in ("to_k", "to_v")]
+    # not by the weights, which are packed where they have 4 bits
+    shapes = [None if a is None else [[m.out_features, m.in_features] for m in (_plain(a, "to_k"), _plain(a, "to_v"))]
               for a in (attention, found)]  # fmt: skip
     if shapes[0] != shapes[1]:
         raise ValueError(

@@ -11,8 +11,8 @@
 """
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ def load_custom_diffusion(pipe_or_unet: Any, path: str | Path) -> None:
             part: weights.pop(f"{name}.processor.{part}_custom_diffusion.weight", None) for part in ("to_k", "to_v")
         }
         for part, weight in found.items():
-            expected = list(base_layer(getattr(layer, part)).weight.shape)
+            projection = base_layer(getattr(layer, part))
+            expected = [projection.out_features, projection.in_features]
             if weight is None or list(weight.shape) != expected:
                 got = "none" if weight is None else list(weight.shape)
                 raise ValueError(
@@ -178,7 +179,8 @@ def load(
         raise ValueError(f"{path} does not exist: expected a folder or a safetensors file.")
     if (path / CONCEPT).is_file():
         said = read_concept(path)
-        if said["base_fingerprint"] != fingerprint(pipe.unet):
+        # a quantised base has other weights, of which none can tell what they were
+        if not getattr(pipe.unet, "is_quantized", False) and said["base_fingerprint"] != fingerprint(pipe.unet):
             raise ValueError(
                 f"{path} was trained on another base model ({said['base_model']}): W_k and W_v differ. Load that base."
             )
@@ -232,16 +234,36 @@ def lora_file(path: str | Path) -> Path:
 
 
 def load_lora_file(pipe: Any, path: str | Path, adapter_name: str = "default") -> None:
-    """A LoRA of the network, of the text encoders, or of both, into a stock pipeline. ValueError as `load_lora`."""
+    """A LoRA of the network, of the text encoders, or of both, into a stock pipeline. ValueError as `load_lora`.
+
+    A text encoder that has it already, as another pipeline's that is shared, is left as it is.
+    """
     file = lora_file(path)
     if any(key.startswith(("text_encoder", "lora_te")) for key in load_tensors(file)):
         try:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
+            with _text_encoders_once(pipe, adapter_name):
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
         except (ValueError, RuntimeError) as error:  # peft's and torch's, of layers and of shapes
             said = str(error).strip().splitlines()[0]
             raise ValueError(f"{file} does not fit this base model: {said} Load the base it was made for") from error
     else:
         load_lora(pipe, file, adapter_name)
+
+
+@contextmanager
+def _text_encoders_once(pipe: Any, adapter_name: str) -> Iterator[None]:
+    """Inside, `pipe.load_lora_weights` passes over text encoders that have this adapter."""
+    load = pipe.load_lora_into_text_encoder
+
+    def load_once(*args: Any, text_encoder: Any, **kwargs: Any) -> None:
+        if adapter_name not in getattr(text_encoder, "peft_config", {}):
+            load(*args, text_encoder=text_encoder, **kwargs)
+
+    pipe.load_lora_into_text_encoder = load_once
+    try:
+        yield
+    finally:
+        del pipe.load_lora_into_text_encoder
 
 
 def _dreambooth(pipe: Any, path: Path) -> Any:

@@ -33,6 +33,7 @@ from alignkit.artifacts import network_of
 from alignkit.base import decode_latents, require_finite
 from alignkit.noise import NoiseSchedule
 
+NO_SIGNAL = 1e-3  # an alpha_t below it is meant to be 0 (Euler has 2^-12 there); that of SD's last timestep is 0.07
 Score = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B], with gradient
 
 
@@ -104,9 +105,12 @@ def steer(
 ) -> Tensor:
     """The model output with eps moved against the reward's gradient at x_t; all [B, ...].
 
-    At a given x_t, v and flow move by 1 / alpha_t of what eps does.
+    At a given x_t, v and flow move by 1 / alpha_t of what eps does. Where alpha_t is 0, which is how chains with zero
+    terminal SNR begin, x_t is its own eps, and nothing moves.
     """
     alpha, sigma = (float(c) for c in schedule.alpha_sigma(timestep))
+    if alpha < NO_SIGNAL:
+        return model_output
     norm = _norm(gradient)
     if not norm.isfinite().all():
         raise ValueError("The gradient of the reward is not finite: take a smaller reward_scale or float32.")
@@ -200,9 +204,10 @@ def best_noise(
 
     `fresh` gives the call's options, with new generators each time.
     """
-    # K is of noise of deviation 1, and schedulers that keep x_0 + sigma noise start from more
-    unit = float(pipe.scheduler.init_noise_sigma)
     x_T = initial_latents(pipe, prompt, **fresh())
+    # K is of noise of deviation 1, and schedulers that keep x_0 + sigma noise start from more: how much, they know of
+    # the timesteps that this call has set
+    unit = float(pipe.scheduler.init_noise_sigma)
 
     with with_gradient(pipe) as call:
 

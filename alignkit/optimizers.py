@@ -1,4 +1,4 @@
-"""Optimizers by name, for `Run`: all at the config's learning rate, adam_beta1 and 2, adam_epsilon, weight decay."""
+"""Optimizers by name, for `Run`: at the config's learning rate, adam_beta1 and 2, adam_epsilon and weight decay."""
 
 import importlib.util
 
@@ -32,9 +32,9 @@ def make_optimizer(cfg: RunConfig, params: list[nn.Parameter]) -> torch.optim.Op
     adamw_8bit: AdamW with moments in 8 bits, those of parameters below 4,096 numbers in 32 (Dettmers et al. 2022, arXiv
     2110.02861). prodigy: AdamW that finds its own learning rate, a factor of which is cfg.learning_rate, usually 1
     (Mishchenko & Defazio 2024, arXiv 2306.06101).
-    adafactor: second moments as row and column means, no first moment, at the learning rate of the config (Shazeer &
-    Stern 2018, arXiv 1804.04235). diffgrad: Adam that slows down where gradients stay the same (Dubey et al. 2020,
-    arXiv 1909.11015). Raises as `check_optimizer`.
+    adafactor: second moments as row and column means, no first moment and no epsilon of the config's, at its learning
+    rate (Shazeer & Stern 2018, arXiv 1804.04235). diffgrad: Adam that slows down where gradients stay the same (Dubey
+    et al. 2020, arXiv 1909.11015). Raises as `check_optimizer`.
     """
     check_optimizer(cfg.optimizer)
     common = {"lr": cfg.learning_rate, "weight_decay": cfg.adam_weight_decay}

@@ -225,6 +225,23 @@ def test_lora_of_another_base(saved):
         load_lora(wider.unet, saved[0])
 
 
+def test_a_lora_of_a_base_in_4_bits(saved):
+    """Whose weights are packed, [n, 1]: what is loaded draws about what it draws on the whole one."""
+    quantized = pytest.importorskip("bitsandbytes").nn
+    path, expected, plain = saved
+    unet = fresh_pipe().unet
+    for name in [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)]:
+        layer = unet.get_submodule(name)
+        packed = quantized.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, torch.float32)
+        packed.weight = quantized.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        packed.bias = layer.bias
+        unet.set_submodule(name, packed.to("cpu"))
+    load_lora(unet, path)
+    assert unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.base_layer.weight.dtype == torch.uint8
+    got = forward(unet)
+    assert (got - expected).abs().mean() < (got - plain).abs().mean() / 2
+
+
 @pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt", "LORA.PKL"])
 def test_pickles_are_refused_by_name(base, tmp_path, name):
     torch.save({}, tmp_path / name)

@@ -274,15 +274,28 @@ def test_a_style_is_part_of_what_alignit_keeps(kind, new_pipe, model):
         assert torch.equal(got[1, noun.start + n :][:behind], base[name][1, noun.stop :][:behind])
 
 
-def test_a_style_that_changes_the_text_encoder(new_pipe, model, tmp_path):
-    """Its words are the base's with AlignIT too."""
+@pytest.mark.parametrize("kind", ["textual_inversion", "dreambooth"])
+def test_a_style_that_changes_the_text_encoder(kind, new_pipe, model, tmp_path):
+    """Its words are the base's with AlignIT too, and DreamBooth's, whose pipeline shares the text encoder."""
     pipe = new_pipe()
     pipe.text_encoder.add_adapter(PeftConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
     shake(p for n, p in pipe.text_encoder.named_parameters() if "lora_" in n)
     pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder))
-    composed = alignkit.compose(new_pipe(), loras={"style": tmp_path}, concepts=[model / "textual_inversion"])
+    composed = alignkit.compose(new_pipe(), loras={"style": tmp_path}, concepts=[model / kind])
+    if kind == "dreambooth":
+        pipe.unet = composed.pipe.unet
+        assert torch.equal(composed("a dog", seed=0, **STEPS).images, draw(pipe))
+        return
     assert torch.equal(composed("a dog", seed=0, alignit={"strength": 0.0}, **STEPS).images, draw(pipe))
     assert not torch.equal(draw(pipe), draw(new_pipe())) and torch.equal(draw(composed.base), draw(new_pipe()))
+
+
+def test_a_customiser_on_a_quantised_base(model):
+    """Whose weights are not those of its fingerprint."""
+    pytest.importorskip("torchao")
+    composed = alignkit.compose(load_base(str(model / "model"), quantization="int8"), concepts=[model / "lora"])
+    for aligned in (False, True):
+        assert composed("a qx dog and a hat", seed=0, alignit=aligned, **STEPS).images.isfinite().all()
 
 
 def test_a_customiser_beside_learned_concepts(new_pipe, model):

@@ -19,7 +19,7 @@ from alignkit.guidance import (
     with_gradient,
 )
 from alignkit.noise import NoiseSchedule
-from tests.tiny import save_tiny_model, tiny_sdxl
+from tests.tiny import SD_BETAS, save_tiny_model, tiny_sdxl
 from tests.toy_rewards import Red
 
 STEPS = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
@@ -111,6 +111,16 @@ def test_steering_moves_the_predicted_noise_against_the_gradient(kind):
     assert torch.equal(steer(output, gradient, schedule, timestep, 0.0), output)
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_noise_without_any_signal_is_left_alone(scheduler):
+    """Zero terminal SNR: at alpha = 0 (Euler: 2^-12), v would move by 1 / 0 (by 4,096) of what eps does."""
+    settings = SD_BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_scheduler(scheduler(**settings))
+    output, gradient = torch.randn(2, 1, 4, 3, 3).unbind()
+    assert torch.equal(steer(output, gradient, schedule, 999, 0.3), output)
+    assert not torch.allclose(steer(output, gradient, schedule, 990, 0.3), output)
+
+
 # Stock pipelines
 
 
@@ -187,6 +197,16 @@ def test_rewards_rise(pipe):
     ascended = composed(["a dog", "a hat"], ascent={"steps": 3}, **settings)
     assert (steered_ones > plain).all() and (ascended.rewards > plain).all()
     assert torch.equal(plain, composed(["a dog", "a hat"], ascent=0, reward_scale=0.0, **settings).rewards)
+
+
+def test_the_first_ascent_of_a_scheduler_is_as_the_second(pipe):
+    """Euler's noise has another deviation before its first call than at the timesteps of a call."""
+    before = pipe.scheduler
+    pipe.scheduler = EulerDiscreteScheduler.from_config(before.config)
+    composed, settings = alignkit.compose(pipe), STEPS | {"seed": 1, "reward": Red(), "ascent": 2}
+    first, second = (composed("a dog", **settings).images for _ in range(2))
+    pipe.scheduler = before
+    assert torch.equal(first, second)
 
 
 def test_stopped_half_way_nothing_is_left(pipe):

@@ -256,9 +256,9 @@ def test_a_step_along_the_gradient_changes_the_score_by_its_norm(arguments, name
 
 
 def test_overlap_by_hand():
-    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.6, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1]]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.6, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1]])
     expected = np.array([[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 1]])
-    np.testing.assert_allclose(overlap(boxes)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(overlap(boxes), expected, atol=1e-6)
 
 
 def test_what_is_no_detector_is_refused(arguments):

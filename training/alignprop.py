@@ -103,7 +103,8 @@ def train(cfg: Config) -> Path:
             run.backward(scores.loss, **scores.values)
             measured.append(judges.measure(images[: len(indices)].detach(), batch, scores))
         grad_norm = run.update()
-        warn_if_adam_is_blind(grad_norm, lora, cfg.adam_epsilon)
+        if cfg.optimizer != "adafactor":  # which has no epsilon of this size
+            warn_if_adam_is_blind(grad_norm, lora, cfg.adam_epsilon)
 
         scalars = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
         scalars["diversity"] = diversity(run.gather(scalars.pop("features")))

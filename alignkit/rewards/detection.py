@@ -73,8 +73,8 @@ class Detection(Reward):
         """Images [B,3,H,W] in [0,1], B names -> [B,N] relative to the threshold, each object once, descending."""
         logits, boxes = self.detect(images, names)
         with torch.no_grad():  # which box is of which object is a choice, not a quantity
-            likelier = logits[:, None, :] > logits[:, :, None]  # [B, than box i, box j is]
-            repeated = (likelier & (overlap(boxes) > MAX_OVERLAP)).any(-1)
+            # one image after the other: OWLv2 has 3,600 boxes, and 13 million pairs of them
+            repeated = torch.stack([repeats(*one) for one in zip(logits, boxes, strict=True)])
         return (logits - self.threshold_logit - FAR * repeated).sort(-1, descending=True).values
 
     def detect(self, images: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -167,10 +167,16 @@ class ObjectCount(Detection):
         return torch.minimum(enough, not_more)
 
 
+def repeats(logits: Tensor, boxes: Tensor) -> Tensor:
+    """[N]: which of one image's boxes overlap a likelier one."""
+    likelier = logits > logits[:, None]  # [than box i, box j is]
+    return (likelier & (overlap(boxes) > MAX_OVERLAP)).any(-1)
+
+
 def overlap(boxes: Tensor) -> Tensor:
-    """Intersection over union of all pairs of boxes [B,N,4] (centre, width, height) -> [B,N,N]."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
+    """Intersection over union of all pairs of boxes [N,4] (centre, width, height) -> [N,N]."""
+    centre, size = boxes[:, :2], boxes[:, 2:]
     low, high = centre - size / 2, centre + size / 2
-    shared = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
+    shared = torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)
     intersection, area = shared.clamp(min=0).prod(-1), size.prod(-1)
-    return intersection / (area[:, :, None] + area[:, None] - intersection).clamp(min=1e-12)
+    return intersection / (area[:, None] + area - intersection).clamp(min=1e-12)
