@@ -153,7 +153,7 @@ def test_trainers(method, base, folders, build, norms):
     assert len(norms) == 1 and 0 < norms[0] < float("inf")
 
 
-@pytest.mark.parametrize("method", TRAINERS.keys() - {"customisers"})
+@pytest.mark.parametrize("method", sorted(TRAINERS.keys() - {"customisers"}))
 def test_trainers_on_a_quantised_base(method, folders, build, norms, tmp_path, monkeypatch):
     pytest.importorskip("torchao")
     base = load_base(folders["sd15"], random_init=True, shrink=SHRINK)
