@@ -233,6 +233,15 @@ def test_label_files(make):
         segmentation.read(Image.fromarray(np.array([[-1, 0]], dtype=np.int32)))
 
 
+def tiny_swin():
+    from transformers import SwinConfig
+
+    return SwinConfig(
+        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+
+
 def test_oneformer_is_told_its_task(tmp_path):
     """As its own processor writes it; the padding of the text is 0."""
     from transformers import (
@@ -240,18 +249,13 @@ def test_oneformer_is_told_its_task(tmp_path):
         OneFormerForUniversalSegmentation,
         OneFormerImageProcessor,
         OneFormerProcessor,
-        SwinConfig,
     )
 
     torch.manual_seed(0)
-    backbone = SwinConfig(
-        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
     config = OneFormerConfig(
-        backbone_config=backbone, conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
-        decoder_layers=3, num_attention_heads=2, dim_feedforward=16, num_queries=6, query_dec_layers=1, num_labels=5,
-        is_training=False,
+        backbone_config=tiny_swin(), conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=16,
+        encoder_layers=1, decoder_layers=3, num_attention_heads=2, dim_feedforward=16, num_queries=6,
+        query_dec_layers=1, num_labels=5, is_training=False,
     )  # fmt: skip
     model = OneFormerForUniversalSegmentation(config).eval()
     model.save_pretrained(tmp_path)
@@ -275,16 +279,11 @@ def test_universal_segmenters_agree_with_transformers(tmp_path):
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
         Mask2FormerImageProcessor,
-        SwinConfig,
     )
 
     torch.manual_seed(0)
-    backbone = SwinConfig(
-        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        backbone_config=tiny_swin(), feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=6, num_labels=5,
     )  # fmt: skip
     model = Mask2FormerForUniversalSegmentation(config).eval()
