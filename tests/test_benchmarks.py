@@ -233,7 +233,7 @@ def test_netis_tables(tmp_path, monkeypatch):
     assert neti_emoji.sweep_table().splitlines()[6] == "| neti | 0.01 | 0.990 | 0.000 | 0.000 |"
     table = neti_emoji.table()
     assert "| A | neti without bypass | image_similarity | +0.375 | +0.375 to +0.375 |" in table
-    assert "| A | neti without bypass, 300 steps | 150 | 150 to 150 |" in table  # half-way from 100 to 200
-    assert "| A | 16 to all | image_similarity | +0.250 | +0.250 to +0.250 |" in table
+    assert "| neti without bypass, 300 steps | 150 | 150 to 150 |" in table  # half-way from 100 to 200
+    assert "| 16 to all | image_similarity | +0.250 | +0.250 to +0.250 |" in table
     assert neti_emoji.steps_to(rows[-2], "image_similarity", 2.0) == 300
     assert neti_emoji.steps_to(rows[-2], "image_similarity", 0.0) == 50
