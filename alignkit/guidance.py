@@ -188,9 +188,10 @@ def with_gradient(pipe: Any) -> Iterator[Callable[..., Any]]:
         for parameter in frozen:
             stack.callback(parameter.requires_grad_)
             parameter.requires_grad_(False)
-        if not pipe.unet.is_gradient_checkpointing:
-            stack.callback(pipe.unet.disable_gradient_checkpointing)
-            pipe.unet.enable_gradient_checkpointing()
+        for part in (pipe.unet, pipe.vae):
+            if not part.is_gradient_checkpointing:
+                stack.callback(part.disable_gradient_checkpointing)
+                part.enable_gradient_checkpointing()
         if pipe.unet.device.type == "cpu":  # there, the fused attention's backward takes twice the time
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -204,6 +206,23 @@ def test_accumulation_changes_nothing(config, batch, accumulation):
     ours, theirs = scalars(one)[0], scalars(two)[0]  # of the same weights
     for name in ("loss", "reward/Red", "grad_norm"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_what_decoding_needs_is_computed_twice_instead_of_kept(config, monkeypatch):
+    calls, forward = [], UNetMidBlock2D.forward  # the decoder's, and no block of the U-Net is one
+
+    def counted(block, *args, **options):
+        calls.append(block)
+        return forward(block, *args, **options)
+
+    monkeypatch.setattr(UNetMidBlock2D, "forward", counted)
+    twice = train(config("twice", max_train_steps=2))
+    of_twice = len(calls)
+    calls.clear()
+    monkeypatch.setattr(AutoencoderKL, "enable_gradient_checkpointing", lambda self: None)
+    assert_same(twice, train(config("kept", max_train_steps=2)))
+    updates = 2 * config().gradient_accumulation_steps
+    assert of_twice == len(calls) + updates
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config):

@@ -128,9 +128,10 @@ def test_with_gradient_draws_the_same(pipe):
     generator = torch.Generator().manual_seed(0)
     plain = pipe("a dog", generator=generator, **STEPS | {"output_type": "latent"}).images
     with with_gradient(pipe) as call:
+        assert pipe.unet.is_gradient_checkpointing and pipe.vae.is_gradient_checkpointing
         traced = call("a dog", generator=generator.manual_seed(0), **STEPS | {"output_type": "latent"}).images
     assert torch.allclose(plain, traced, atol=1e-5)
-    assert not pipe.unet.is_gradient_checkpointing
+    assert not pipe.unet.is_gradient_checkpointing and not pipe.vae.is_gradient_checkpointing
 
 
 def test_the_gradient_of_the_whole_chain_against_finite_differences(pipe):
@@ -221,7 +222,8 @@ def test_stopped_half_way_nothing_is_left(pipe):
             alignkit.compose(pipe)("a dog", reward=Stop(), **STEPS | settings)
         assert "step" not in vars(pipe.scheduler) and "prepare_latents" not in vars(pipe)
         assert parameters[0].requires_grad and not parameters[1].requires_grad
-        assert not pipe.unet.is_gradient_checkpointing and torch.is_grad_enabled()
+        assert not pipe.unet.is_gradient_checkpointing and not pipe.vae.is_gradient_checkpointing
+        assert torch.is_grad_enabled()
     parameters[0].requires_grad_(False)
 
 

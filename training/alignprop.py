@@ -83,6 +83,7 @@ def train(cfg: Config) -> Path:
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "alignprop")
     base, lora, judges = load_tuned(run, cfg, prompts.prompts + fixed.prompts)
+    base.vae.enable_gradient_checkpointing()  # as each denoising step: what is kept of a decoding is gigabytes
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 
     state, best = {"validations": []}, {}
