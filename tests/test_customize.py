@@ -105,6 +105,12 @@ def test_accumulation_does_not_matter(config, method):
     assert_same(one, two, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_no_bit(config, method):
+    kept = train(config("kept", method=method))
+    assert_same(kept, train(config("twice", method=method, gradient_checkpointing=True)))
+
+
 def test_the_prior_takes_part(config):
     """One update: the loss is the sum, weighted, and the gradient is not that of the instances alone."""
     runs = {weight: train(config(f"{weight}", max_train_steps=1, prior_loss_weight=weight)) for weight in (0.5, 1.0)}

@@ -74,6 +74,8 @@ class Config(DiffusionConfig):
     """Mirror images with probability 1/2."""
     resolution: int | None = None
     """Side of the images in pixels; null is the base's own."""
+    gradient_checkpointing: bool = free(False)
+    """Compute the U-Net's blocks twice, for less memory."""
 
     with_prior_preservation: bool = True
     """Keep the class as it is, by images of it."""
@@ -135,6 +137,8 @@ def train(cfg: Config) -> Path:
     base = run.load_base()
     base.require_family("StableDiffusionPipeline", *["StableDiffusionXLPipeline"] * (cfg.method == "lora"))
     base_fingerprint = fingerprint(base.unet)
+    if cfg.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
     side = min(base.image_size(cfg.resolution, cfg.resolution))
     instance_images = read_images(cfg.instance_data_dir, side)
     text = Text(base, cfg)
