@@ -229,6 +229,18 @@ def test_a_detector_that_finds_nothing_has_a_gradient(arguments):
     assert gradient.isfinite().all() and (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
+def test_of_several_objects_the_one_that_is_furthest_from_it(arguments):
+    images = images_like_generated(2)
+    for name in ("object_presence", "object_absence"):
+        reward = build_reward(name, **arguments["object_presence"])
+        each = [reward(images, ["x", "y"], object=[noun] * 2) for noun in ("dog", "bird")]
+        both = reward(images, ["x", "y"], object=[["dog", "bird"], "bird"])
+        torch.testing.assert_close(both, torch.stack([torch.minimum(*each)[0], each[1][1]]))
+    count = build_reward("object_count", **arguments["object_count"])
+    with pytest.raises(ValueError, match="one object to count"):
+        count(images[:1], ["x"], object=[["dog", "bird"]], count=[1])
+
+
 def test_rewards_agree_with_thresholded_detections_by_hand(arguments, monkeypatch):
     """Three boxes above the threshold, of which two are the same object."""
     reward = build_reward("object_count", **arguments["object_count"], threshold=0.5)

@@ -449,11 +449,16 @@ def test_absence_by_hand_and_far_from_any_detection(models):
 def test_absence_takes_the_object_of_each_prompt(models):
     reward = build_reward("absence", model=str(models / "segmenter"))
     images = images_like_generated(1).expand(2, -1, -1, -1)
-    cat, dog = reward(images, ["x", "y"], object=["cat", "dog"])
+    cat, dog = reward(images, ["x", "y"], object=["cat", "dog"]).tolist()
     assert cat != dog
     presence = build_reward("presence", model=str(models / "segmenter"), object="dog")
-    assert presence(images, ["x", "y"], object=["cat", None]).tolist() == [-cat.item(), -dog.item()]
-    assert reward(images[:1], ["y"], object=["dog"]).item() == pytest.approx(dog.item(), rel=1e-5)
+    assert presence(images, ["x", "y"], object=["cat", None]).tolist() == [-cat, -dog]
+    assert reward(images[:1], ["y"], object=["dog"]).item() == pytest.approx(dog, rel=1e-5)
+    both = [["cat", "dog"], "dog"]
+    assert reward(images, ["x", "y"], object=both).tolist() == pytest.approx([min(cat, dog), dog], rel=1e-5)
+    assert presence(images, ["x", "y"], object=both).tolist() == pytest.approx([-max(cat, dog), -dog], rel=1e-5)
+    with pytest.raises(ValueError, match="got an empty list"):
+        reward(images, ["x", "y"], object=["cat", []])
     with pytest.raises(ValueError, match=r"got 'dgo': nearest are \['dog'"):
         reward(images, ["x", "y"], object=["cat", "dgo"])
     with pytest.raises(ValueError, match="'brid'"):

@@ -30,7 +30,7 @@ from alignkit.rewards.clip import (
     interpolation_of,
     processor_config,
 )
-from alignkit.rewards.reward import Reward, column, frozen
+from alignkit.rewards.reward import Reward, column, frozen, least
 
 MAX_OVERLAP = 0.5  # of two boxes that are two objects, as intersection over union
 FAR = 100.0  # below all logits of a detector
@@ -42,11 +42,16 @@ class Detection(Reward):
     Args:
         model: a folder or Hub name of a `transformers` OwlViTForObjectDetection, Owlv2ForObjectDetection or
             GroundingDinoForObjectDetection with its tokenizer.
-        object: a noun phrase, where the prompt file has no column `object`.
+        object: a noun phrase, where the prompt file has no column `object`; for presence and absence, or several.
         threshold: probability from which a box counts.
     """
 
-    def __init__(self, model: str = "google/owlvit-base-patch32", object: str | None = None, threshold: float = 0.3):
+    def __init__(
+        self,
+        model: str = "google/owlvit-base-patch32",
+        object: str | Sequence[str] | None = None,
+        threshold: float = 0.3,
+    ):
         super().__init__()
         if not 0 < threshold < 1:
             raise ValueError(f"expected a threshold between 0 and 1, got {threshold}.")
@@ -126,17 +131,24 @@ class Detection(Reward):
 
 
 class ObjectPresence(Detection):
-    """Log odds of the likeliest box, relative to the threshold: positive where a detector finds the object."""
+    """Log odds of the likeliest box, relative to the threshold: positive where a detector finds the object.
+
+    Of several objects it is the lowest: positive where all are found. The detector looks once for each.
+    """
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        return self.log_odds(images, column(columns, "object", self.object, prompts))[:, 0]
+        return least(self.likeliest, images, column(columns, "object", self.object, prompts))
+
+    def likeliest(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """[B], of the likeliest box of each image's name."""
+        return self.log_odds(images, names)[:, 0]
 
 
 class ObjectAbsence(ObjectPresence):
-    """Minus the same: positive where a detector does not find the object. `loss: hinge` stops when it is gone."""
+    """Minus the same: positive where a detector finds none of the objects. `loss: hinge` stops when they are gone."""
 
-    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        return -super().score(images, prompts, **columns)
+    def likeliest(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        return -super().likeliest(images, names)
 
 
 class ObjectCount(Detection):
@@ -157,7 +169,10 @@ class ObjectCount(Detection):
         self.count = count
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        z = self.log_odds(images, column(columns, "object", self.object, prompts))
+        names = column(columns, "object", self.object, prompts)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"expected one object to count in each image, got {names}.")
+        z = self.log_odds(images, names)
         counts = [int(count) for count in column(columns, "count", self.count, prompts)]
         if not all(0 <= count < z.shape[1] for count in counts):
             raise ValueError(f"expected counts of 0 to {z.shape[1] - 1}, as the detector has boxes, got {counts}.")

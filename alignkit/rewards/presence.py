@@ -13,7 +13,7 @@ from transformers import SegformerForSemanticSegmentation
 from alignkit.artifacts import read_pretrained
 from alignkit.emoji import resolve
 from alignkit.rewards.clip import IMAGENET_STATISTICS, image_statistics
-from alignkit.rewards.reward import Reward, column, frozen
+from alignkit.rewards.reward import Reward, column, frozen, least
 
 
 class Presence(Reward):
@@ -21,14 +21,15 @@ class Presence(Reward):
 
     0 when the average odds are even. It is computed from the logits, without a threshold and without saturation, so
     that an image in which nothing is found has a gradient, too. It has no upper limit: the loss `hinge` with a target
-    of 5 or so (odds of 150 to 1) stops pushing when the object is recognised.
+    of 5 or so (odds of 150 to 1) stops pushing when the object is recognised. Of several objects it is the lowest, so
+    that all of them are there where it is high.
 
     Args:
         model: a folder or Hub name of a `transformers.SegformerForSemanticSegmentation`.
-        object: a label of its config, where the prompt file has no column `object`.
+        object: a label of its config or a list of them, where the prompt file has no column `object`.
     """
 
-    def __init__(self, model: str = "emoji/training/segmenter", object: str | None = None):
+    def __init__(self, model: str = "emoji/training/segmenter", object: str | Sequence[str] | None = None):
         super().__init__()
         path = resolve(model)
         self.segmenter = frozen(read_pretrained(SegformerForSemanticSegmentation, path, dtype=torch.float32))
@@ -36,8 +37,8 @@ class Presence(Reward):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.object = object
-        if object is not None:
-            self.label(object)
+        for name in [object] if isinstance(object, str) else object or []:
+            self.label(name)
 
     def label(self, name: str) -> int:
         """The label's number, or a ValueError that names the nearest labels."""
@@ -48,7 +49,11 @@ class Presence(Reward):
         return labels[name.lower()]
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        labels = [self.label(name) for name in column(columns, "object", self.object, prompts)]
+        return least(self.log_odds, images, column(columns, "object", self.object, prompts))
+
+    def log_odds(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """[B] of B images and as many names."""
+        labels = [self.label(name) for name in names]
         pixels = ((images - self.mean) / self.std).to(self.segmenter.dtype)
         logits = self.segmenter(pixel_values=pixels).logits  # [B,C,h,w]
         named = F.one_hot(torch.tensor(labels, device=logits.device), logits.shape[1]).bool()[:, :, None, None]
@@ -57,7 +62,7 @@ class Presence(Reward):
 
 
 class Absence(Presence):
-    """Log odds against an object: minus the same. `loss: hinge` stops when it is gone."""
+    """Log odds against an object: minus the same. `loss: hinge` stops when it, or all of several, are gone."""
 
-    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        return -super().score(images, prompts, **columns)
+    def log_odds(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        return -super().log_odds(images, names)

@@ -1,7 +1,7 @@
 """What a reward is: a frozen module that scores images differentiably."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,3 +93,18 @@ def column(columns: dict[str, Sequence[Any]], name: str, default: Any, prompts: 
                 f"prompt file, or one value for all prompts to the reward's args ({name}: ...)."
             )
     return values
+
+
+def least(
+    score: Callable[[Tensor, list[str]], Tensor], images: Tensor, objects: Sequence[str | Sequence[str]]
+) -> Tensor:
+    """Scores [B] of images [B,3,H,W] that each have a name or several: the lowest of what `score` gives for its names.
+
+    `score` takes an image for each name. Raises ValueError where an image has none.
+    """
+    names = [[one] if isinstance(one, str) else list(one) for one in objects]
+    if not all(names):
+        raise ValueError('expected an object, as "cat", or several, as ["cat", "rose"], got an empty list.')
+    rows = [i for i, own in enumerate(names) for _ in own]
+    scores = score(images[rows], [name for own in names for name in own])
+    return torch.stack([own.amin() for own in scores.split([len(own) for own in names])])
