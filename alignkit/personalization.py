@@ -82,7 +82,7 @@ def evaluate(
     base = load_base(model, device=device, dtype=getattr(torch, dtype), config=base_config)
     for one in loaded:
         one.concepts[0].check(base)
-    scorer, rows = _Scorer(evaluator, dino, device), []
+    scorer, rows = Scorer(evaluator, dino, device), []
     grids = unique([Path(name).resolve().name for name in concept])
     settings = {"seeds": seeds, "truncation": truncation, "num_inference_steps": num_inference_steps}
     settings |= {"guidance_scale": guidance_scale, "dtype": dtype, "protocol": protocol, "evaluator": scorer.name}
@@ -135,7 +135,7 @@ def real_images(folder: str, resolution: int):
     return torch.stack([load_image(image.path, resolution) for image in read_concept_images(folder, resolution)[0]])
 
 
-class _Scorer:
+class Scorer:
     """Image and text similarity of a concept's images by one CLIP: the emoji world's evaluator, or any."""
 
     def __init__(self, path: str | None, dino: str | None = None, device: str = "cpu"):

@@ -11,29 +11,36 @@ Twelve concepts of tier A and twelve of tier B, five pictures each, one training
 seeds. A cell trains one concept by the trainer's own command line and scores it: one of tier A at several steps, and a
 mapper at several truncations, one of tier B at the end. It is found again by its settings and the hash of the world's
 weights, so only what is missing is run. Differences between methods are paired over concepts (bootstrap, 95 %). Two
-arms have a rate that no sweep chose, at which they learn as much of a concept as NeTI does. Cells train and draw in
-bfloat16; one that is scored at several steps takes three to five minutes of one core, any other two: all 148 cells,
-some six hours of one core.
+arms have a rate that no sweep chose, at which they learn as much of a concept as NeTI does; one is no method, but
+scenes that are what the prompts say, with the concept itself in them, after a round trip through the VAE. Cells train
+and draw in bfloat16; one that is scored at several steps takes three to five minutes of one core, any other two, real
+scenes seconds: all 172 cells, some six hours of one core.
 """
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import textwrap
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "neti" / "emoji.yaml"
 RESULTS = Path(__file__).parent / "results" / "neti_emoji.jsonl"
+SAMPLING_SEEDS = 3
 CONCEPTS, SWEPT = 12, 2  # of each tier that are scored; of tier A, behind those, that choose the learning rate
 STEPS = (50, 100, 200, 300)
 TRUNCATIONS = (1, 4, 16)  # units of the mapper that are kept, beside all of them
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+REAL = "real scenes"
 ARMS = {
     "neti": {},
     "neti without bypass": {"mapper.bypass": "false"},
@@ -41,14 +48,15 @@ ARMS = {
     "p_plus": {"method": "p_plus"},
     "textual_inversion, faster": {"method": "textual_inversion"},
     "p_plus, faster": {"method": "p_plus"},
+    REAL: {},
 }
-TIERS = {"neti": "AB", "textual_inversion": "AB", "p_plus": "AB"}  # of the others, A
-FASTER = {"textual_inversion, faster": 1e-2, "p_plus, faster": 1e-2}  # arms whose rate no sweep chooses
+TIERS = {"neti": "AB", "textual_inversion": "AB", "p_plus": "AB", REAL: "AB"}  # of the others, A
+UNSWEPT = {"textual_inversion, faster": 1e-2, "p_plus, faster": 1e-2, REAL: None}  # arm: its learning rate
 FIGURES = ("image_similarity", "identity", "text_similarity")
 SHOWN_ARMS, SHOWN_PROMPTS = ("neti", "textual_inversion", "p_plus"), (0, 7, 11)  # of the picture
 
 
-def key(arm: str, tier: str, number: int, rate: float) -> dict:
+def key(arm: str, tier: str, number: int, rate: float | None) -> dict:
     """What a cell is found by. `number`: which concept of the tier."""
     from alignkit.emoji.measure import world_hash
 
@@ -81,9 +89,21 @@ def folder_of(wanted: dict) -> Path:
 
 def run_cell(wanted: dict) -> None:
     from alignkit.emoji import concepts
+
+    concept = concepts.concepts(wanted["tier"])[wanted["number"]]
+    scores = score_real_scenes(concept, wanted) if wanted["arm"] == REAL else train_and_score(concept, wanted)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(wanted | {"concept": concept.name, "commit": commit, "scores": scores}) + "\n")
+
+
+def train_and_score(concept, wanted: dict) -> list[dict]:
+    from alignkit.emoji import concepts
     from alignkit.personalization import evaluate
 
-    concept, folder = concepts.concepts(wanted["tier"])[wanted["number"]], folder_of(wanted)
+    folder = folder_of(wanted)
     images = concepts.write(concept, folder / "images", seed=wanted["number"])
     command = [sys.executable, "training/neti.py", "--config", str(CONFIG), "--output_dir", str(folder / "run")]
     command += ["--train_data_dir", str(images), "--super_category_token", concept.sprite.noun.split()[-1]]
@@ -94,31 +114,67 @@ def run_cell(wanted: dict) -> None:
         command += [f"--{setting}", value]
     subprocess.run(command, cwd=ROOT, check=True)
     points = [(STEPS[-1], None)]
-    if wanted["tier"] == "A" and wanted["number"] < CONCEPTS and wanted["arm"] not in FASTER:
+    if wanted["tier"] == "A" and wanted["number"] < CONCEPTS and wanted["arm"] not in UNSWEPT:
         points += [(step, None) for step in STEPS[:-1]]
         points += [(STEPS[-1], kept) for kept in TRUNCATIONS if wanted["arm"] == "neti"]
     scores = []
     for step, truncation in points:
         (row,) = evaluate(
-            [str(folder / "run" / "steps" / str(step))], [str(images)], truncation=truncation, dtype="bfloat16",
-            output_dir=str(folder / f"grid_{step}_{truncation}"),
+            [str(folder / "run" / "steps" / str(step))], [str(images)], truncation=truncation, seeds=SAMPLING_SEEDS,
+            dtype="bfloat16", output_dir=str(folder / f"grid_{step}_{truncation}"),
         )  # fmt: skip
         scores.append({"step": step, "truncation": truncation} | {figure: row[figure] for figure in FIGURES})
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(wanted | {"concept": concept.name, "commit": commit, "scores": scores}) + "\n")
+    return scores
+
+
+def score_real_scenes(concept, wanted: dict) -> list[dict]:
+    """The same scores of scenes that are right: what a method could reach, where likeness costs the text nothing."""
+    from alignkit.base import load_base
+    from alignkit.emoji import concepts, scenes
+    from alignkit.emoji.fit import to_float
+    from alignkit.personalization import EMOJI_PROMPTS, Scorer
+
+    prompts = [prompt for prompt in EMOJI_PROMPTS for _ in range(SAMPLING_SEEDS)]
+    rng = np.random.default_rng(wanted["number"])
+    drawn = to_float(np.stack([scenes.render(scene_of(concept, prompt, rng)).image for prompt in prompts]))
+    shown = to_float(concepts.pictures(concept, 5, seed=wanted["number"]))
+    base = load_base("emoji")
+    with torch.no_grad():
+        drawn = base.decode(base.encode(drawn)).clamp(0, 1)
+    told = SimpleNamespace(placeholder_token="<thing>", super_category_token=concept.sprite.noun.split()[-1])
+    scores = Scorer(None)(drawn, shown, prompts, told, "textual_inversion")
+    means = {figure: round(float(scores[figure].mean()), 4) for figure in FIGURES}
+    return [{"step": STEPS[-1], "truncation": None} | means]
+
+
+def scene_of(concept, prompt: str, rng: np.random.Generator):
+    """A scene that is what one of EMOJI_PROMPTS says."""
+    from alignkit.emoji import scenes, sprites
+
+    color = re.search(r"on an? (\w+) background", prompt)
+    other = re.search(r"(left of|right of|next to|and) an? (\w+)", prompt)
+    chosen = [concept.sprite] * (2 if prompt.startswith("two ") else 1)
+    relation = None
+    if other:
+        chosen.append(sprites.by_name(other[2]))
+        relation = other[1] if other[1] in ("left of", "right of") else None
+    background = scenes.sample_background(rng, color[1] if color else None)
+    said = {"tint": concept.tint, "tint_strength": 0.9 * bool(concept.tint)}
+    said |= {"angle": 25.0} if "tilted" in prompt else {}
+    said |= {"size": 46.0, "x": 32.0} if "large" in prompt else {"size": 20.0} if "small" in prompt else {}
+    placed = scenes.place(rng, chosen, background["horizon"], False, relation)
+    objects = tuple(replace(one, **said) if one.sprite == concept.sprite else one for one in placed)
+    return scenes.Scene(**background, objects=objects)
 
 
 def at(cell: dict, step: int = STEPS[-1], truncation: int | None = None) -> dict:
     return next(s for s in cell["scores"] if (s["step"], s["truncation"]) == (step, truncation))
 
 
-def best_rate(arm: str) -> float:
-    """With the highest mean of image and text similarity on the swept concepts, or the one of FASTER."""
-    if arm in FASTER:
-        return FASTER[arm]
+def best_rate(arm: str) -> float | None:
+    """With the highest mean of image and text similarity on the swept concepts, or what UNSWEPT says."""
+    if arm in UNSWEPT:
+        return UNSWEPT[arm]
     means = {}
     for rate in RATES:
         found = [find(key(arm, "A", CONCEPTS + i, rate)) for i in range(SWEPT)]
@@ -133,7 +189,7 @@ def sweep() -> list[dict]:
 
 
 def swept_arms() -> list[str]:
-    return [arm for arm in ARMS if arm not in FASTER]
+    return [arm for arm in ARMS if arm not in UNSWEPT]
 
 
 def run() -> list[dict]:
@@ -173,10 +229,10 @@ def table() -> str:
         there = [at(cell, **where) for cell in done[arm, tier] if cell]
         if there:
             means = " | ".join(f"{np.mean([s[figure] for s in there]):.3f}" for figure in FIGURES)
-            lines.append(f"| {tier} | {arm} | {rates[arm]} | {len(there)} | {label} | {means} |")
+            lines.append(f"| {tier} | {arm} | {rates[arm] or ''} | {len(there)} | {label} | {means} |")
 
     for arm, tier in done:
-        for step in STEPS if tier == "A" and arm not in FASTER else STEPS[-1:]:
+        for step in STEPS if tier == "A" and arm not in UNSWEPT else STEPS[-1:]:
             row(arm, tier, step, step=step)
     for truncation in TRUNCATIONS:
         row("neti", "A", f"{STEPS[-1]}, {truncation} units", truncation=truncation)
