@@ -59,6 +59,10 @@ from alignkit.base import Base, load_base
 from alignkit.config import RunConfig
 from alignkit.optimizers import check_optimizer, make_optimizer
 
+# Unless told otherwise, MKL rounds by where a tensor lies in memory, on some CPUs: no two runs would be the same to the
+# bit. It asks at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one output_dir go unnoticed there

@@ -1,8 +1,12 @@
 """How pytest itself behaves here."""
 
+import os
 import signal
 
 import pytest
+
+# See alignkit/run.py. Here, since many a test compares pictures to the bit and starts no run.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 def pytest_exception_interact(call: pytest.CallInfo) -> None:

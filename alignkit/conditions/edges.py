@@ -92,8 +92,13 @@ class Canny(Condition):
         self.low_threshold, self.high_threshold = low_threshold, high_threshold
 
     def predict(self, images: Tensor) -> Tensor:
-        """Magnitudes [B,H,W] >= 0."""
-        return canny(images, self.low_threshold, self.high_threshold, hysteresis=False)[0][:, 0]
+        """Magnitudes [B,H,W] >= 0.
+
+        One image after the other: beside a step, two pixels are equally steep, which of them is suppressed hangs on the
+        last bit, and convolutions round by the number of images.
+        """
+        thresholds = self.low_threshold, self.high_threshold
+        return torch.cat([canny(image, *thresholds, hysteresis=False)[0][:, 0] for image in images.split(1)])
 
     def edges(self, magnitudes: Tensor) -> Tensor:
         """Bool [B,H,W]: what is above the high threshold, and what is above the low one and connected to that."""
