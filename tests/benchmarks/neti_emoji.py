@@ -163,7 +163,8 @@ def scene_of(concept, prompt: str, rng: np.random.Generator):
     said |= {"angle": 25.0} if "tilted" in prompt else {}
     said |= {"size": 46.0, "x": 32.0} if "large" in prompt else {"size": 20.0} if "small" in prompt else {}
     placed = scenes.place(rng, chosen, background["horizon"], False, relation)
-    objects = tuple(replace(one, **said) if one.sprite == concept.sprite else one for one in placed)
+    own = len(placed) - bool(other)  # by place: the other thing may be the same sprite, in its own colour
+    objects = (*(replace(one, **said) for one in placed[:own]), *placed[own:])
     return scenes.Scene(**background, objects=objects)
 
 
