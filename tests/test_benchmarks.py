@@ -128,7 +128,14 @@ def controlled(condition: str, arm: str, seed: int, figure: float, real: float =
     """A cell of the ControlNets' benchmark."""
     name = controlnetpp_emoji.METRICS[condition][0]
     scores = {name: figure, "alignment": 0.8, "diversity": 1.0, "KID": 0.0}
-    cell = {"steps": 500, "train_seconds": 60, "sha256": "0" * 64, "real": scores | {name: real}, "scores": scores}
+    cell = {
+        "mixed_precision": "bf16",
+        "steps": 500,
+        "train_seconds": 60,
+        "sha256": "0" * 64,
+        "real": scores | {name: real},
+        "scores": scores,
+    }
     return controlnetpp_emoji.key(condition, arm, seed) | cell | fields
 
 
@@ -146,11 +153,11 @@ def controlled_cells(tmp_path, monkeypatch):
 def test_every_controlnet_cell_is_a_command_that_its_trainer_understands(condition, controlled_cells, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="run these two before it"):
-        controlnetpp_emoji.command(condition, controlnetpp_emoji.SAME_TIME, 1)
+        controlnetpp_emoji.command(condition, controlnetpp_emoji.SAME_TIME, 1, "bf16")
     without = controlled(condition, controlnetpp_emoji.NO_REWARD, 1, 0.1, train_seconds=100)
     controlled_cells(without, controlled(condition, controlnetpp_emoji.REWARD, 1, 0.1, train_seconds=150))
     for arm in controlnetpp_emoji.arms_of(condition):
-        script, *line = controlnetpp_emoji.command(condition, arm, 1)[1:]
+        script, *line = controlnetpp_emoji.command(condition, arm, 1, "bf16")[1:]
         cfg = parse(controlnetpp.Config, line)
         assert script == "training/controlnetpp.py" and cfg.mixed_precision == "bf16" and cfg.reward_start == 0
         if arm == controlnetpp_emoji.FIRST_STAGE:

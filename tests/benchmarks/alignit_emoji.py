@@ -46,6 +46,7 @@ from alignkit.emoji.fit import to_float
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "alignit_emoji.jsonl"
+DTYPES = {"bf16": "bfloat16", "no": "float32"}  # of drawing, by the training's mixed_precision
 NUMBER, SEEDS = 12, (0, 1, 2)
 PROMPTS, ALONE = 12, 4  # with other things in them; with the concept alone
 
@@ -89,14 +90,14 @@ def folder_of(customiser: str, tier: str, number: int) -> Path:
     return ROOT / "runs" / "benchmarks" / "alignit" / "_".join(words.replace(",", "").split())
 
 
-def train(customiser: str, tier: str, number: int) -> Path:
+def train(customiser: str, tier: str, number: int, mixed_precision: str) -> Path:
     """Trains, or goes on where an earlier call stopped. Returns the folder, ready to be loaded."""
     trainer, config, overrides = CUSTOMISERS[customiser]
     concept, folder = concepts.concepts(tier)[number], folder_of(customiser, tier, number)
     pictures = concepts.write(concept, folder / "pictures", seed=number)
     command = [sys.executable, f"training/{trainer}.py", "--config", f"configs/{config}.yaml"]
     command += ["--output_dir", str(folder), "--validation_steps", "0", "--report_to", "none"]
-    command += ["--mixed_precision", "no" if customiser == "dreambooth" else "bf16"]
+    command += ["--mixed_precision", "no" if customiser == "dreambooth" else mixed_precision]
     if trainer == "neti":
         command += ["--train_data_dir", str(pictures), "--super_category_token", noun_of(concept).split()[-1]]
     else:
@@ -161,17 +162,18 @@ def arms(customiser: str, base, customized: Customized, seed: int) -> dict:
     return found
 
 
-def run_cell(customiser: str, tier: str, number: int) -> None:
+def run_cell(customiser: str, tier: str, number: int, mixed_precision: str) -> None:
     concept, evaluator = concepts.concepts(tier)[number], Evaluator()
-    base, own = (load_base("emoji", dtype=torch.bfloat16).pipeline() for _ in range(2))
-    customized = load(own, train(customiser, tier, number))
+    dtype = getattr(torch, DTYPES[mixed_precision])
+    base, own = (load_base("emoji", dtype=dtype).pipeline() for _ in range(2))
+    customized = load(own, train(customiser, tier, number, mixed_precision))
     shown = to_float(concepts.pictures(concept, 5, seed=number))
     real = evaluator.embed_identity(shown)
     wanted = asked(concept, number)
     seconds = [want["second"] for want in wanted]
     index = torch.tensor([[sprites.by_name(name).index] for name in seconds])
     counts = torch.tensor([float(want["count"]) for want in wanted])
-    cell = key(customiser, tier, number) | {"arms": {}}
+    cell = key(customiser, tier, number) | {"mixed_precision": mixed_precision, "arms": {}}
     for arm, (pipe, context, words) in arms(customiser, base, customized, number).items():
         figures = []
         with context:
@@ -290,6 +292,12 @@ def main() -> None:
     parser.add_argument("--tier", choices=["A", "B"], action="append")
     parser.add_argument("--leak", action="store_true", help="measure it instead, half a minute a concept")
     parser.add_argument("--concepts", type=int, default=NUMBER, help="the first so many of each tier")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=DTYPES,
+        default="bf16",
+        help="bf16 halves the time on CPUs that have it (avx512_bf16, amx_bf16), on others it is ten times as slow",
+    )
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     if args.run:
@@ -298,7 +306,7 @@ def main() -> None:
                 for customiser in args.customiser or CUSTOMISERS:
                     wanted = key(customiser, tier, number)
                     if not any(wanted.items() <= cell.items() for cell in cells()):
-                        run_cell(customiser, tier, number)
+                        run_cell(customiser, tier, number, args.mixed_precision)
     print(leak_table() if args.leak else table())
 
 

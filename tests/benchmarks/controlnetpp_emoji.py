@@ -8,9 +8,9 @@
 The first stage is a cell of its own, trained once a (condition, seed); all arms go on from its weights with the same
 data, noise and number of steps. A cell trains by the trainer's own command line and is scored by `alignkit evaluate
 controllability`. It is found again by condition, arm, seed, config and the hash of the world's weights, so only what is
-missing is run. All cells train and draw in bfloat16. On one idle core a first stage costs some eleven minutes, an arm
-six, its evaluation three: about two hours for a condition, one and a half more for segmentation's controls and
-thresholds.
+missing is run. Cells train and draw in bfloat16, or as --mixed_precision says: take one for all arms of a seed. On one
+idle core a first stage costs eleven minutes and more, an arm six, its evaluation three (three times that in float32):
+about two hours for a condition, one and a half more for segmentation's controls and thresholds.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "controlnetpp_emoji.jsonl"
+DTYPES = {"bf16": "bfloat16", "no": "float32"}  # of drawing, by the training's mixed_precision
 SEEDS = (0, 1, 2)
 CONDITIONS = ("segmentation", "depth", "lineart")
 FIRST_STAGE, STEPS = "first stage", 500  # updates of every arm behind the first stage
 NUMBER = 256  # images of the evaluation
-PRECISION = {"mixed_precision": "bf16"}  # of every arm
 
 NO_REWARD, SAME_TIME, REWARD = "no reward", "no reward, time of the reward", "reward"
 ARMS = {
@@ -68,7 +68,7 @@ def current_world() -> str:
 
 def key(condition: str, arm: str, seed: int) -> dict:
     """What a cell is found by."""
-    settings = [PRECISION, arms_of(condition)[arm], STEPS, NUMBER]
+    settings = [arms_of(condition)[arm], STEPS, NUMBER]
     text = config_of(condition).read_text(encoding="utf-8") + json.dumps(settings)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return {"condition": condition, "arm": arm, "seed": seed, "config": digest, "world_hash": current_world()}
@@ -90,11 +90,11 @@ def folder_of(cell: dict) -> Path:
     return ROOT / "runs" / "benchmarks" / "controlnetpp" / "_".join(words.replace("<=", "").replace(":", "").split())
 
 
-def command(condition: str, arm: str, seed: int) -> list[str]:
+def command(condition: str, arm: str, seed: int, mixed_precision: str) -> list[str]:
     """The trainer's command line; ValueError where this arm's length is that of others that have not run yet."""
     config = config_of(condition)
     overrides = {"output_dir": folder_of(key(condition, arm, seed)), "seed": seed, "reward_start": 0}
-    overrides |= PRECISION | arms_of(condition)[arm]
+    overrides |= {"mixed_precision": mixed_precision} | arms_of(condition)[arm]
     if arm == FIRST_STAGE:
         steps = settings_of(condition)["reward_start"]
     else:
@@ -117,13 +117,13 @@ def settings_of(condition: str) -> dict:
     return yaml.safe_load(config_of(condition).read_text(encoding="utf-8"))
 
 
-def run_cell(condition: str, arm: str, seed: int) -> None:
+def run_cell(condition: str, arm: str, seed: int, mixed_precision: str) -> None:
     from alignkit.artifacts import sha256
     from alignkit.controlnet import WEIGHTS
     from alignkit.evaluate import controllability
 
     cell = key(condition, arm, seed)
-    folder, line = folder_of(cell), command(condition, arm, seed)
+    folder, line = folder_of(cell), command(condition, arm, seed, mixed_precision)
     steps = int(line[line.index("--max_train_steps") + 1])
     started = time.monotonic()
     subprocess.run(line, cwd=ROOT, check=True, env=environment())
@@ -133,11 +133,17 @@ def run_cell(condition: str, arm: str, seed: int) -> None:
         condition,
         number=NUMBER,
         guidance_scale=settings_of(condition)["guidance_scale"],
-        dtype="bfloat16",
+        dtype=DTYPES[mixed_precision],
     )
     for row in (real, scores):
         del row["model"]
-    cell |= {"commit": commit(), "steps": steps, "train_seconds": round(seconds), "sha256": sha256(folder / WEIGHTS)}
+    cell |= {
+        "commit": commit(),
+        "mixed_precision": mixed_precision,
+        "steps": steps,
+        "train_seconds": round(seconds),
+        "sha256": sha256(folder / WEIGHTS),
+    }
     with open(RESULTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(cell | {"real": real, "scores": scores}) + "\n")
 
@@ -160,8 +166,11 @@ SHOWN = 8  # scenes of a strip, the first of the evaluation
 def table(condition: str) -> str:
     """Markdown: every seed's scores, beside what real scenes reach after a VAE round trip."""
     figures = [*METRICS[condition], "alignment", "diversity", "KID"]
-    rows = [f"**{condition}**\n", "| arm | seed | steps | minutes | " + " | ".join(figures) + " | weights |"]
-    rows.append("|---" * (len(figures) + 5) + "|")
+    rows = [
+        f"**{condition}**\n",
+        "| arm | seed | precision | steps | minutes | " + " | ".join(figures) + " | weights |",
+    ]
+    rows.append("|---" * (len(figures) + 6) + "|")
     ceiling = None
     for arm in arms_of(condition):
         for seed in SEEDS:
@@ -169,11 +178,11 @@ def table(condition: str) -> str:
             if cell:
                 ceiling = cell["real"]
                 values = " | ".join(f"{cell['scores'][figure]:.4f}" for figure in figures)
-                minutes = cell["train_seconds"] / 60
-                rows.append(f"| {arm} | {seed} | {cell['steps']} | {minutes:.0f} | {values} | {cell['sha256'][:8]} |")
+                told = [arm, seed, cell["mixed_precision"], cell["steps"], round(cell["train_seconds"] / 60)]
+                rows.append(f"| {' | '.join(map(str, told))} | {values} | {cell['sha256'][:8]} |")
     if ceiling:
         values = " | ".join(f"{ceiling[figure]:.4f}" for figure in figures)
-        rows.append(f"| real scenes, VAE round trip | | | | {values} | |")
+        rows.append(f"| real scenes, VAE round trip | | | | | {values} | |")
     return "\n".join(rows)
 
 
@@ -276,6 +285,12 @@ def main() -> None:
     parser.add_argument("--condition", choices=CONDITIONS, action="append")
     parser.add_argument("--arm", choices=list(SEGMENTATION_ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=DTYPES,
+        default="bf16",
+        help="bf16 halves the time on CPUs that have it (avx512_bf16, amx_bf16), on others it is ten times as slow",
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     RESULTS.parent.mkdir(exist_ok=True)
@@ -285,7 +300,7 @@ def main() -> None:
                 # an arm needs the first stage, the one of equal time also the two that it is timed by: in this order
                 for arm in arms_of(condition):
                     if arm in (args.arm or SEGMENTATION_ARMS) and not find(condition, arm, seed):
-                        run_cell(condition, arm, seed)
+                        run_cell(condition, arm, seed, args.mixed_precision)
     conditions = args.condition or CONDITIONS
     print("\n\n".join(f"{table(condition)}\n\n{gains(condition)}" for condition in conditions))
     if args.card:

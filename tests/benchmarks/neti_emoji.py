@@ -13,8 +13,8 @@ mapper at several truncations, one of tier B at the end. It is found again by it
 weights, so only what is missing is run. Differences between methods are paired over concepts (bootstrap, 95 %). Two
 arms have a rate that no sweep chose, at which they learn as much of a concept as NeTI does; one is no method, but
 scenes that are what the prompts say, with the concept itself in them, after a round trip through the VAE. Cells train
-and draw in bfloat16; one that is scored at several steps takes three to five minutes of one core, any other two, real
-scenes seconds: all 172 cells, some six hours of one core.
+and draw in bfloat16, or as --mixed_precision says (each keeps which); one that is scored at several steps takes three
+to five minutes of one core, any other two, real scenes seconds: all 172 cells, some six hours of one core.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "neti" / "emoji.yaml"
 RESULTS = Path(__file__).parent / "results" / "neti_emoji.jsonl"
+DTYPES = {"bf16": "bfloat16", "no": "float32"}  # of drawing, by the training's mixed_precision
 SAMPLING_SEEDS = 3
 CONCEPTS, SWEPT = 12, 2  # of each tier that are scored; of tier A, behind those, that choose the learning rate
 STEPS = (50, 100, 200, 300)
@@ -87,19 +88,24 @@ def folder_of(wanted: dict) -> Path:
     return ROOT / "runs" / "benchmarks" / f"neti_{name}"
 
 
-def run_cell(wanted: dict) -> None:
+def run_cell(wanted: dict, mixed_precision: str) -> None:
     from alignkit.emoji import concepts
 
     concept = concepts.concepts(wanted["tier"])[wanted["number"]]
-    scores = score_real_scenes(concept, wanted) if wanted["arm"] == REAL else train_and_score(concept, wanted)
+    scores = (
+        score_real_scenes(concept, wanted)
+        if wanted["arm"] == REAL
+        else train_and_score(concept, wanted, mixed_precision)
+    )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(wanted | {"concept": concept.name, "commit": commit, "scores": scores}) + "\n")
+        found = {"concept": concept.name, "commit": commit, "mixed_precision": mixed_precision, "scores": scores}
+        file.write(json.dumps(wanted | found) + "\n")
 
 
-def train_and_score(concept, wanted: dict) -> list[dict]:
+def train_and_score(concept, wanted: dict, mixed_precision: str) -> list[dict]:
     from alignkit.emoji import concepts
     from alignkit.personalization import evaluate
 
@@ -109,7 +115,7 @@ def train_and_score(concept, wanted: dict) -> list[dict]:
     command += ["--train_data_dir", str(images), "--super_category_token", concept.sprite.noun.split()[-1]]
     command += ["--learning_rate", str(wanted["learning_rate"]), "--max_train_steps", str(STEPS[-1])]
     command += ["--validation_steps", "50", "--validation_prompts", '["a {}"]', "--validation_seeds", "[0]"]
-    command += ["--mixed_precision", "bf16"]
+    command += ["--mixed_precision", mixed_precision]
     for setting, value in ARMS[wanted["arm"]].items():
         command += [f"--{setting}", value]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -121,7 +127,7 @@ def train_and_score(concept, wanted: dict) -> list[dict]:
     for step, truncation in points:
         (row,) = evaluate(
             [str(folder / "run" / "steps" / str(step))], [str(images)], truncation=truncation, seeds=SAMPLING_SEEDS,
-            dtype="bfloat16", output_dir=str(folder / f"grid_{step}_{truncation}"),
+            dtype=DTYPES[mixed_precision], output_dir=str(folder / f"grid_{step}_{truncation}"),
         )  # fmt: skip
         scores.append({"step": step, "truncation": truncation} | {figure: row[figure] for figure in FIGURES})
     return scores
@@ -309,12 +315,18 @@ def main() -> None:
     parser.add_argument("--arm", action="append", choices=ARMS, help="these alone")
     parser.add_argument("--tier", action="append", choices=("A", "B"), help="these alone")
     parser.add_argument("--picture", metavar="FILE", help="write what the methods draw of some concepts")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=DTYPES,
+        default="bf16",
+        help="bf16 halves the time on CPUs that have it (avx512_bf16, amx_bf16), on others it is ten times as slow",
+    )
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     for wanted in [*(sweep() if args.sweep else ()), *(run() if args.run else ())]:
         chosen = wanted["arm"] in (args.arm or ARMS) and wanted["tier"] in (args.tier or "AB")
         if chosen and find(wanted) is None:
-            run_cell(wanted)
+            run_cell(wanted, args.mixed_precision)
     if args.picture:
         picture(*(args.tier or "A")[:1]).save(args.picture)
     print(sweep_table())
