@@ -190,7 +190,7 @@ def test_what_the_reward_gained(controlled_cells):
     ]
     table = controlnetpp_emoji.table("segmentation")
     assert "| reward | 1 | bf16 | 500 | 1 | 0.4000 | 0.8000 | 1.0000 | 0.0000 | 00000000 |" in table
-    assert "| real scenes, VAE round trip | | | | 0.5000 |" in table
+    assert "| real scenes, VAE round trip | | | | | 0.5000 |" in table
     card = controlnetpp_emoji.write_card(["segmentation"])  # of no weights that are here: without a strip
     assert table in card.read_text() and "![" not in card.read_text()
 
