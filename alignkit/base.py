@@ -30,6 +30,7 @@ from alignkit.noise import NoiseSchedule
 from alignkit.random_init import ARCHITECTURES, random_pipeline
 from alignkit.sampling import Denoiser, Forward, guided
 
+SHOWN_PROMPTS = 5  # of those that are too long
 KNOWN_PROMPTS = 1000  # that are kept, where text encoders are slow: 2 MB each of FLUX, in half precision
 
 
@@ -90,7 +91,9 @@ class Base:
         return self.network.device
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Raises ValueError for a prompt that is longer than the text encoder reads; of several, the one that reads on.
+        """Raises ValueError with the first few prompts that are longer than the text encoder reads.
+
+        Of several text encoders, the one that reads on counts.
 
         CLIP reads 77 tokens in SD3 and FLUX, too, which is no loss there, as their T5 reads the whole prompt.
         """
@@ -101,12 +104,15 @@ class Base:
         max_length = tokenizer.model_max_length
         if self.family.max_sequence_length and not isinstance(tokenizer, CLIPTokenizer):
             max_length = min(max_length, self.family.max_sequence_length)
-        for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
-            if len(ids) > max_length:
-                raise ValueError(
-                    f"Prompt too long: {self.name} reads {max_length} tokens, this one has {len(ids)}. "
-                    f"Shorten it: {prompt!r}"
-                )
+        numbers = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids] if prompts else []
+        long = [(number, prompt) for number, prompt in zip(numbers, prompts, strict=True) if number > max_length]
+        if long:
+            more = "".join(f"\n  {number} tokens: {prompt!r}" for number, prompt in long[1:SHOWN_PROMPTS])
+            more += f"\n  and {len(long) - SHOWN_PROMPTS} more" if len(long) > SHOWN_PROMPTS else ""
+            raise ValueError(
+                f"Prompt too long: {self.name} reads {max_length} tokens, this one has {long[0][0]}. "
+                f"Shorten it: {long[0][1]!r}{more}"
+            )
 
     @torch.no_grad()
     def condition(

@@ -167,7 +167,11 @@ def generate(
 
 
 def check_data(
-    folder: str, condition: str | None = None, condition_column: str | None = None, model: str | None = None
+    folder: str,
+    condition: str | None = None,
+    condition_column: str | None = None,
+    model: str | None = None,
+    config: str | None = None,
 ) -> None:
     """Say of every file in a folder of images whether and why it is used; exits with 1 if one cannot be.
 
@@ -177,13 +181,24 @@ def check_data(
         condition: Check the controls, too: segmentation, depth, softedge, lineart, canny, or package.module:Class.
         condition_column: Key of the controls' files; the condition's own unless given.
         model: Of the condition, where it is not the emoji world's.
+        config: In their place, the config of a ControlNet's training, such as configs/controlnetpp/sd15_depth.yaml.
     """
     from collections import Counter
+
+    import yaml
 
     from alignkit.conditions import build_condition
     from alignkit.controls import check_folder
 
     args = {} if model is None else {"model": model}
+    if config:
+        if condition or condition_column or model:
+            raise ValueError("config: expected alone, since it says condition, condition_column and model")
+        told = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        if not isinstance(told, dict) or "condition" not in told:
+            raise ValueError(f"{config}: expected the config of a ControlNet's training, with a condition")
+        condition, args = told["condition"]["name"], told["condition"].get("args") or {}
+        condition_column = told.get("condition_column")
     built = build_condition(condition, **args) if condition else None
     rows, findings = check_folder(folder, built, condition_column)
     for path, state, why in findings:

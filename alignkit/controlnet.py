@@ -352,7 +352,7 @@ KINDS = {
         ControlNetModel,
         _new_for_unet,
         _unet_residuals,
-        ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
+        ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
     ),
     SD3Transformer2DModel: Kind(
         SD3ControlNetModel,

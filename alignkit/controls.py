@@ -11,11 +11,12 @@ where it is absent, the control is extracted from the image.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -90,6 +91,7 @@ class Row(NamedTuple):
     image: Path
     texts: list[str]
     target: Path | None
+    others: Mapping[str, Path] = MappingProxyType({})  # that its line names by keys that are not read
 
 
 class Finding(NamedTuple):
@@ -109,6 +111,10 @@ class FolderControls:
     @property
     def size(self) -> int:
         return len(self.rows)
+
+    def summary(self, column: str | None) -> str:
+        extracted = sum(row.target is None for row in self.rows)
+        return f"{self.size - extracted} controls from files under {column!r}, {extracted} extracted from their images"
 
     def shapes(self) -> list[tuple[int, int]]:
         with ThreadPoolExecutor() as pool:
@@ -205,11 +211,15 @@ def check_folder(
     Returns the usable rows, and of every file whether and why it is used.
 
     Raises:
-        ValueError, FileNotFoundError: there is no metadata.jsonl, or nothing in it, or a line is not as it should be.
+        ValueError, FileNotFoundError: there is no metadata.jsonl, or nothing in it, or a line is not as it should be,
+            or none has the `column` that was asked for.
     """
     folder = Path(folder)
-    column = column or (condition and condition.column)
-    named = list(read_metadata(folder, column))
+    named = list(read_metadata(folder, column or (condition and condition.column)))
+    unread = {path.resolve(): key for row, _ in named for key, path in row.others.items()}
+    if column and not any(row.target for row, _ in named):
+        there = ", ".join(sorted(set(unread.values()))) or "none"
+        raise ValueError(f"{folder / METADATA}: expected controls under {column!r}, got none; other keys: {there}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = pool.map(lambda row: check_row(row, condition), [row for row, _ in named])
         problems = list(tqdm(checks, "checking the data", len(named), disable=len(named) < 1000, leave=False))
@@ -224,7 +234,9 @@ def check_folder(
     mentioned = {path.resolve() for row, _ in named for path in (row.image, row.target) if path}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != METADATA and path.resolve() not in mentioned:
-            findings.append(Finding(str(path), "unused", f"not named in {METADATA}"))
+            key = unread.get(path.resolve())
+            why = f"{METADATA} names it as {key!r}, which is not read" if key else f"not named in {METADATA}"
+            findings.append(Finding(str(path), "unused", why))
     return usable, findings
 
 
@@ -257,7 +269,9 @@ def read_metadata(folder: Path, column: str | None) -> Iterator[tuple[Row, str]]
         target = entry.get(column) if column else None
         if target is not None and not isinstance(target, str):
             raise ValueError(f"{where}: expected a path under {column!r}, got {target!r}.")
-        yield Row(folder / image, texts, folder / target if target else None), where
+        read = ("image", "file_name", "text", column)
+        others = {key: folder / name for key, name in entry.items() if isinstance(name, str) and key not in read}
+        yield Row(folder / image, texts, folder / target if target else None, others), where
 
 
 def check_row(row: Row, condition: Condition | None) -> tuple[Path, str | None]:

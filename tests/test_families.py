@@ -157,6 +157,8 @@ def test_sd3_is_published_without_t5_too(folders, tmp_path):
     assert not embeds[:, 77:].any()
     with pytest.raises(ValueError, match="reads 77 tokens, this one has 102"):
         base.check_prompts(["a" * 100])
+    with pytest.raises(ValueError, match=r"(?s)this one has 102.*92 tokens: 'a.*and 1 more$"):
+        base.check_prompts(["a", "a" * 100, *["a" * 90] * 5])
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
     images = pipe("a cat", num_inference_steps=1, guidance_scale=1.0, height=32, width=32, output_type="pt").images

@@ -192,13 +192,11 @@ def test_pndm_of_stable_diffusion_ends_at_the_first_alpha():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_snr_and_back(prediction_type):
+def test_snr(prediction_type):
     schedule = schedule_of(prediction_type)
     timestep = some_timesteps(schedule)
     alpha, sigma = schedule.alpha_sigma(timestep)
     torch.testing.assert_close(schedule.snr(timestep), alpha**2 / sigma**2)
-    torch.testing.assert_close(schedule.timestep_from_snr(schedule.snr(timestep)), timestep)
-    assert schedule.timestep_from_snr(schedule.snr(timestep[0]).item()).ndim == 0
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -233,9 +231,8 @@ def test_offset_noise_moves_whole_channels():
 
 def test_one_snr_means_the_same_noise_in_another_family():
     epsilon, flow = schedule_of("epsilon"), schedule_of("flow_prediction")
-    timestep = flow.timestep_from_snr(epsilon.snr(200))
-    ratio = flow.sigma(timestep) / flow.alpha(timestep)
-    torch.testing.assert_close(ratio, epsilon.sigma(200) / epsilon.alpha(200), rtol=1e-5, atol=0)
+    assert float(epsilon.snr(200)) == pytest.approx(3.06, abs=0.005)
+    assert float(flow.snr(364)) == pytest.approx(3.06, abs=0.02)  # what the docs say of the reward's threshold
 
 
 def test_half_precision_latents_are_computed_in_float32():

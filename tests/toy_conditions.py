@@ -96,6 +96,37 @@ def save_dpt_hybrid(folder: Path, size: int = 64) -> str:
     return str(folder)
 
 
+def save_plain_dpt(folder: Path, size: int = 64) -> str:
+    """As `Intel/dpt-large`: a ViT whose patches the neck takes for a square."""
+    torch.manual_seed(0)
+    config = DPTConfig(
+        image_size=size, patch_size=16, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=16, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+    )  # fmt: skip
+    DPTForDepthEstimation(config).save_pretrained(folder)
+    DPTImageProcessor(size={"height": size, "width": size}, resample=2).save_pretrained(folder)
+    return str(folder)
+
+
+def save_dpt_on_dinov2(folder: Path) -> str:
+    """As `facebook/dpt-dinov2-base-nyu`: statistics of pixels from 0 to 255, no size, sides of a multiple of 14."""
+    torch.manual_seed(0)
+    backbone = Dinov2Config(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=1, image_size=56, patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DPTConfig(
+        backbone_config=backbone, hidden_size=16, patch_size=14, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        readout_type="ignore",
+    )  # fmt: skip
+    DPTForDepthEstimation(config).save_pretrained(folder)
+    DPTImageProcessor(
+        do_resize=False, do_rescale=False, ensure_multiple_of=1, do_pad=True, size_divisor=14,
+        image_mean=[123.675, 116.28, 103.53], image_std=[58.395, 57.12, 57.375],
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
 def save_depth_anything(folder: Path, size: int = 28) -> str:
     torch.manual_seed(0)
     backbone = Dinov2Config(

@@ -58,7 +58,7 @@ from alignkit.controlnet import (
     predict,
     save_controlnet,
 )
-from alignkit.controls import Controls, Example, open_controls
+from alignkit.controls import Controls, Example, FolderControls, open_controls
 from alignkit.data import Buckets, bucket_sizes
 from alignkit.early_stop import (
     EarlyStopConfig,
@@ -154,6 +154,12 @@ class Config(DiffusionConfig):
         span = self.reward_timesteps
         if len(span) != 2 or not 0 <= span[0] <= span[1]:
             raise ValueError(f"reward_timesteps: expected [first, last] with 0 <= first <= last, got {span}")
+        acts = self.reward_weight == 0 or self.dry_run or self.reward_start < self.max_train_steps
+        if not acts and self.estimate == "no":
+            raise ValueError(
+                f"reward_start: expected below max_train_steps ({self.max_train_steps}), or reward_weight: 0 for the "
+                f"first stage alone, got {self.reward_start}"
+            )
         for name in ("reward_min_snr", "timestep_shift", "train_guidance_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -211,6 +217,8 @@ def train(cfg: Config) -> Path:
         fixed = open_controls(cfg.validation_data_dir, condition, cfg.condition_column)
 
     run = Run(cfg, "controlnetpp")
+    if run.is_main and isinstance(data, FolderControls):
+        print(data.summary(cfg.condition_column or condition.column), flush=True)
     base = run.load_base(offload_text_encoders=cfg.offload_text_encoders)
     check_settings(cfg, base)
     base.check_prompts([*data.prompts(), *fixed.prompts(), cfg.negative_prompt])
@@ -370,6 +378,11 @@ def draw_timestep(schedule: NoiseSchedule, generator: torch.Generator, shift: fl
 def snr_range(cfg: Config, schedule: NoiseSchedule) -> tuple[float, float]:
     """Lowest and highest signal-to-noise ratio at which a sample is rewarded."""
     if cfg.reward_min_snr is not None:
+        if not schedule.is_flow and not float(schedule.snr(0)) >= cfg.reward_min_snr:
+            raise ValueError(
+                f"reward_min_snr: expected at most {float(schedule.snr(0)):.3g}, the ratio at this base's first "
+                f"timestep, got {cfg.reward_min_snr:g}"
+            )
         return cfg.reward_min_snr, math.inf
     first, last = cfg.reward_timesteps
     if last >= schedule.num_train_timesteps:
@@ -426,7 +439,7 @@ class Loader:
         self.buckets = None
         if cfg.bucket_batch_size:
             self.buckets = Buckets(data.shapes(), bucket_sizes(size, base.size_multiple), cfg.bucket_batch_size)
-        self.cached: dict[int, tuple[Tensor, Tensor]] = {}
+        self.cached: dict[int, tuple[Tensor, Tensor]] = {}  # by row: latents and compact targets, on the CPU
         self.cache = cfg.cache
         self.pool = ThreadPoolExecutor()  # decoding images is most of it, and leaves Python's lock
 
@@ -447,12 +460,15 @@ class Loader:
         if not self.cache:
             examples = list(self.pool.map(self.example, rows, generators))
             return Batch(*self.encode(examples), [example.prompt for example in examples])
-        for row in rows:
-            if row not in self.cached:  # alone: in which company an image first comes depends on when the run resumed
-                x_0, targets = self.encode([self.example(row, torch.Generator())])
-                self.cached[row] = (x_0[0].cpu(), targets[0].cpu())
+        new = [row for row in dict.fromkeys(rows) if row not in self.cached]
+        for row, example in zip(new, self.pool.map(self.example, new, (torch.Generator() for _ in new)), strict=True):
+            x_0, targets = self.encode(
+                [example]
+            )  # alone: in which company it first comes depends on when a run resumed
+            self.cached[row] = (x_0[0].cpu(), compact(targets[0].cpu()))
         cached = [self.cached[row] for row in rows]
         x_0, targets = (torch.stack(parts).to(self.run.device) for parts in zip(*cached, strict=True))
+        targets = targets if targets.is_floating_point() else targets.long()
         return Batch(x_0, targets, [self.data.prompt(row, g) for row, g in zip(rows, generators, strict=True)])
 
     def example(self, row: int, generator: torch.Generator) -> Example:
@@ -461,6 +477,11 @@ class Loader:
     def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Latents [b, C, h, w] and targets [b, H, W]."""
         return encode(self.base, self.condition, examples)
+
+
+def compact(targets: Tensor) -> Tensor:
+    """Class numbers in an eighth of their 64 bits where that holds them; other maps as they are."""
+    return targets if targets.is_floating_point() or targets.max() > 255 else targets.byte()
 
 
 @torch.no_grad()
@@ -583,6 +604,7 @@ def export(
     columns = "\n".join(f"{i + 1}. {prompt} (seed {i})" for i, prompt in enumerate(validation.prompts[shown]))
     pipeline = validation.base.family.pipeline.__name__.replace("Pipeline", "ControlNetPipeline")
     reward = f"consistency reward of weight {cfg.reward_weight:g}" if cfg.reward_weight else "no reward"
+    reward += f", from update {cfg.reward_start} on" if cfg.reward_weight and cfg.reward_start else ""
     write_card(
         folder,
         title=f"ControlNet of {cfg.pretrained_model_name_or_path}: {cfg.condition.name}",

@@ -16,8 +16,8 @@ from alignkit.conditions.models import find_model, load_model, preprocessing
 class Depth(Condition):
     """Depth by an estimator; mean squared error of normalised maps, as ControlNet++ (section 3.3).
 
-    The sense of the map (near is large for MiDaS, DPT, Depth Anything and the emoji world; far is large for GLPN's
-    NYU and KITTI weights) has to be the same in the files and in the model.
+    The sense of the map has to be the same in the files and in the model: near is large for MiDaS, its DPTs, Depth
+    Anything and the emoji world, far is large for what estimates metres (weights of NYU and KITTI, "Metric" in a name).
 
     Args:
         model: a folder or Hub name of a depth estimator (DPT, Depth Anything, GLPN, ...).

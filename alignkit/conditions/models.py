@@ -35,12 +35,20 @@ def load_model(kind: type, path: str) -> nn.Module:
     return frozen(read_pretrained(kind, path, dtype=torch.float32))
 
 
+def takes_squares(model: PretrainedConfig) -> bool:
+    """Whether a DPT's neck arranges its patches as a square: all on a plain ViT, and all that segment."""
+    if model.model_type != "dpt":
+        return False
+    return model.backbone_config is None or "DPTForSemanticSegmentation" in (model.architectures or ())
+
+
 def preprocessing(
     path: str, model: PretrainedConfig, resolution: int | None = None
 ) -> Callable[[Tensor], dict[str, Any]]:
     """Arguments of `model_input` for a model of this config, on the device of the images it is called with.
 
-    They are those of its `preprocessor_config.json`; `resolution` overrides the shortest side that it states.
+    They are those of its `preprocessor_config.json`; `resolution` overrides the shortest side that it states. A DPT
+    that takes its patches for a square is given one, squashed, as its processor does.
 
     Raises:
         ValueError: a resolution for a model that takes images of one size alone.
@@ -49,12 +57,17 @@ def preprocessing(
     size = config.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
     stated = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0)) or None
-    multiple = config.get("ensure_multiple_of") or config.get("size_divisor") or 1
+    if config.get("do_resize") is False:
+        stated = None
+    multiple = max(config.get("ensure_multiple_of") or 1, config.get("size_divisor") or 1)
     if getattr(model, "is_hybrid", False):  # DPT on a convolutional stem: its positions are not interpolated
         sides = model.image_size
         stated = tuple(sides) if isinstance(sides, Sequence) else (sides, sides)
         if resolution is not None:
             raise ValueError(f"resolution: {path} takes images of {stated[0]} x {stated[1]} alone: leave it null")
+    elif takes_squares(model):
+        side = resolution or stated or model.image_size
+        stated, resolution = (side, side), None
     unstated = UNCHANGED if model.model_type == "glpn" else IMAGENET_STATISTICS  # GLPN's processor normalises nothing
     mean, std = image_statistics(path, *unstated)
 

@@ -68,7 +68,7 @@ class Segmentation(Condition):
             return F.interpolate(output.logits, size=size, mode="bilinear", align_corners=False)
         classes = output.class_queries_logits.softmax(-1)[..., :-1]  # without "no object"
         masks = F.interpolate(output.masks_queries_logits, size=size, mode="bilinear", align_corners=False)
-        return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid()).clamp(min=1e-6).log()
+        return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid()).add(1e-6).log()
 
     def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy, the mean over an image's labelled pixels; 0 where none is labelled."""

@@ -283,9 +283,14 @@ def interpolation_of(processor: dict) -> str:
 
 
 def image_statistics(path: str, default_mean: Sequence[float], default_std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [3,1,1] that a model's `preprocessor_config.json` states, or the defaults."""
+    """Mean and standard deviation [3,1,1], of images in [0,1], that a model's `preprocessor_config.json` states.
+
+    Where it states none, the defaults. It states them for pixels of 0 to 255 times its `rescale_factor`, or for these
+    pixels themselves with `do_rescale` false, as DPT's on DINOv2.
+    """
     config = processor_config(path)
-    if config.get("do_normalize") is False:
-        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    white = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
     mean, std = config.get("image_mean") or default_mean, config.get("image_std") or default_std
-    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    if config.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return torch.tensor(mean).view(3, 1, 1) / white, torch.tensor(std).view(3, 1, 1) / white
