@@ -65,9 +65,13 @@ def read_prompts(path: str | Path) -> Prompts:
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers.
 
-    Not by `splitlines`, which also cuts at U+2028 and its kin, that JSON may hold within a string.
+    Not by `splitlines`, which also cuts at U+2028 and its kin, that JSON may hold within a string. Raises ValueError
+    for a file that is not UTF-8.
     """
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as such.") from error
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -144,8 +148,13 @@ def check_concept_image(
 ) -> tuple[ConceptImage, Image.Image | None, list[str]]:
     """The image with its caption and mask; its pixels, None where they cannot be read; what is wrong, in sentences."""
     mask, text = path.parent / "masks" / f"{path.stem}.png", path.with_suffix(".txt")
-    caption = " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else None
-    found, wrong = ConceptImage(path, caption, mask if mask.is_file() else None), []
+    wrong = []
+    try:
+        caption = " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else None
+    except UnicodeDecodeError as error:
+        caption = None
+        wrong.append(f"{text.name} is not UTF-8 ({error.reason} at byte {error.start}): save it as such")
+    found = ConceptImage(path, caption, mask if mask.is_file() else None)
     try:
         image = open_image(path)
     except (ValueError, *UNREADABLE) as error:

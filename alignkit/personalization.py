@@ -34,12 +34,16 @@ def evaluate(
     truncation: int | None = None,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
+    resolution: int | None = None,
+    batch_size: int = 8,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output_dir: str | None = None,
     results: str | None = None,
 ) -> list[dict]:
     """Score concepts: likeness to their training images, and to what else the prompts say.
+
+    One that was learnt under AlignIT is drawn under it.
 
     Args:
         concept: Folder of a concept.
@@ -56,6 +60,8 @@ def evaluate(
         truncation: Units of the mapper that are kept.
         num_inference_steps: DDIM steps.
         guidance_scale: Of classifier-free guidance.
+        resolution: Side of the images in pixels; the base's own unless told.
+        batch_size: Images drawn at once; each has the noise of its own seed.
         device: "cpu", "cuda", ...; auto takes a GPU where there is one.
         dtype: Precision of the model that draws.
         output_dir: Folder for a grid of pictures of each concept: a row a prompt, a column a seed.
@@ -65,7 +71,7 @@ def evaluate(
 
     from alignkit.artifacts import save_strip
     from alignkit.base import load_base, pick_device
-    from alignkit.concepts import load
+    from alignkit.concepts import check_truncation, load
     from alignkit.data import read_prompts
     from alignkit.metrics import table
     from alignkit.rewards import unique
@@ -80,16 +86,28 @@ def evaluate(
     loaded = [load(path) for path in concept]
     device = pick_device(device)
     base = load_base(model, device=device, dtype=getattr(torch, dtype), config=base_config)
+    side = base.image_size(resolution, resolution)[0]
+    real = [real_images(folder, side) for folder in images]
     for one in loaded:
         one.concepts[0].check(base)
+        check_truncation(one.concepts, truncation)
+    if results:
+        Path(results).parent.mkdir(parents=True, exist_ok=True)
     scorer, rows = Scorer(evaluator, dino, device), []
     grids = unique([Path(name).resolve().name for name in concept])
     settings = {"seeds": seeds, "truncation": truncation, "num_inference_steps": num_inference_steps}
-    settings |= {"guidance_scale": guidance_scale, "dtype": dtype, "protocol": protocol, "evaluator": scorer.name}
-    for name, grid, one, folder in zip(concept, grids, loaded, images, strict=True):
-        drawn = draw_concept(base, one, texts, seeds, truncation, num_inference_steps, guidance_scale)
-        real = real_images(folder, drawn.shape[-1])
-        scores = scorer(drawn, real, [text for text in texts for _ in range(seeds)], one.concepts[0], protocol)
+    settings |= {
+        "guidance_scale": guidance_scale,
+        "resolution": side,
+        "dtype": dtype,
+        "protocol": protocol,
+        "evaluator": scorer.name,
+    }
+    for name, grid, one, shown in zip(concept, grids, loaded, real, strict=True):
+        drawn = draw_concept(
+            base, one, texts, seeds, truncation, num_inference_steps, guidance_scale, resolution, batch_size
+        )
+        scores = scorer(drawn, shown, [text for text in texts for _ in range(seeds)], one.concepts[0], protocol)
         figures = {figure: round(float(values.mean()), 4) for figure, values in scores.items()}
         rows.append({"concept": str(name), **settings, "num_images": len(drawn), **figures})
         if output_dir:
@@ -101,26 +119,39 @@ def evaluate(
     return rows
 
 
-def draw_concept(base, concepts, texts, seeds, truncation=None, num_inference_steps=25, guidance_scale=5.0):
+def draw_concept(
+    base,
+    concepts,
+    texts,
+    seeds,
+    truncation=None,
+    num_inference_steps=25,
+    guidance_scale=5.0,
+    resolution=None,
+    batch_size=8,
+):
     """[len(texts) * seeds, 3, H, W] in [0, 1]: each prompt with noise of seed 0, 1, ..., by the stock pipeline."""
     import torch
 
+    from alignkit.alignit import alignit
     from alignkit.base import require_finite
 
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    word, drawn = concepts.concepts[0].placeholder_token, []
-    with concepts.applied(pipe, truncation):
-        for start in range(0, len(texts), 8):
-            batch = [text.replace("{}", word) for text in texts[start : start + 8]]
-            generators = [torch.Generator().manual_seed(seed) for _ in batch for seed in range(seeds)]
+    concept, drawn = concepts.concepts[0], []
+    wanted = [(text.replace("{}", concept.placeholder_token), seed) for text in texts for seed in range(seeds)]
+    applied = alignit(pipe, concepts, truncation=truncation) if concept.alignit else concepts.applied(pipe, truncation)
+    with applied:
+        for start in range(0, len(wanted), batch_size):
+            prompts, noise = zip(*wanted[start : start + batch_size], strict=True)
             drawn.append(
                 pipe(
-                    batch,
-                    num_images_per_prompt=seeds,
-                    generator=generators,
+                    list(prompts),
+                    generator=[torch.Generator().manual_seed(seed) for seed in noise],
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
+                    height=resolution,
+                    width=resolution,
                     output_type="pt",
                 ).images.cpu()
             )

@@ -4,7 +4,9 @@ The first half is the config that such a trainer's own inherits from; then what 
 validation images again and again, ends the run that exploits its reward, and writes the folder.
 """
 
+import inspect
 import math
+import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,7 @@ from alignkit.early_stop import (
     reason_to_stop,
     restore_best,
 )
+from alignkit.emoji import role
 from alignkit.named import refuse_judges
 from alignkit.rewards import Combined, RewardConfig, WeightedRewards, combine
 from alignkit.rewards.clip import Encoder
@@ -43,6 +46,8 @@ class RewardTuningConfig(RunConfig):
     """What is optimised: a weighted sum."""
     monitors: list[RewardConfig] = field(default_factory=list)
     """Logged beside it, never optimised; weight and loss have no effect. The first with a CLIP measures diversity."""
+    gradient_checkpointing: bool = free(False)
+    """Also compute each block of the network twice, for less memory within a denoising step."""
     offload_text_encoders: bool = free(False)
     """Leave them in the CPU's memory, where they encode each prompt once: 9 GB less on a GPU for SD3 and FLUX."""
     prompt_file: str = ""
@@ -92,13 +97,37 @@ def read_training_prompts(cfg: RewardTuningConfig) -> tuple[Prompts, Prompts]:
     return prompts, fixed.rows([i % len(fixed) for i in range(cfg.num_validation_images)])
 
 
-def load_tuned(run: Run, cfg: RewardTuningConfig, prompts: list[str]) -> tuple[Base, dict[str, nn.Parameter], "Judges"]:
-    """The base with a LoRA, the LoRA's parameters, and the judges; ValueError for a prompt that the base cuts."""
+def load_tuned(run: Run, cfg: RewardTuningConfig, *files: Prompts) -> tuple[Base, dict[str, nn.Parameter], "Judges"]:
+    """The base with a LoRA, the LoRA's parameters, and the judges.
+
+    Raises ValueError for a prompt that the base cuts, or whose columns a reward or monitor could not take.
+    """
     base = run.load_base(offload_text_encoders=cfg.offload_text_encoders)
-    base.check_prompts([*prompts, cfg.negative_prompt])
+    base.check_prompts([prompt for prompts in files for prompt in prompts.prompts] + [cfg.negative_prompt])
+    if cfg.gradient_checkpointing:
+        base.network.enable_gradient_checkpointing()
     c = cfg.lora
     lora = add_lora(base.network, c.rank, c.lora_alpha, c.target_modules, c.dropout, cfg.seed)
-    return base, lora, Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None).to(run.device)
+    judges = Judges(combine(cfg.rewards), combine(cfg.monitors) if cfg.monitors else None)
+    for scores in filter(None, (judges.rewards, judges.monitors)):
+        if cfg.pretrained_model_name_or_path != "emoji" and run.is_main:
+            warn_of_emoji_judges(scores)
+        for prompts in files:
+            scores.check(prompts.prompts, **prompts.columns)
+    return base, lora, judges.to(run.device)
+
+
+def warn_of_emoji_judges(scores: WeightedRewards) -> None:
+    """Rewards without `args` are judges of 64-pixel emoji scenes, which a base of photographs satisfies by noise."""
+    for config, reward in zip(scores.configs, scores.rewards, strict=True):
+        defaults = {name: one.default for name, one in inspect.signature(type(reward)).parameters.items()}
+        for name, value in (defaults | config.args).items():
+            if isinstance(value, str) and role(value):
+                warnings.warn(
+                    f"{config.name} scores by {value}, a judge of the emoji world's scenes: for another base, name one "
+                    f"of its kind of images in args ({name}: ...).",
+                    stacklevel=3,
+                )
 
 
 # Scores

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -225,6 +225,21 @@ def test_what_decoding_needs_is_computed_twice_instead_of_kept(config, monkeypat
     assert of_twice == len(calls) + updates
 
 
+def test_blocks_computed_twice_change_nothing(config, monkeypatch):
+    kept = train(config("kept", max_train_steps=2))
+    calls, forward = [], UNetMidBlock2DCrossAttn.forward
+
+    def counted(block, *args, **options):
+        calls.append(torch.is_grad_enabled())
+        return forward(block, *args, **options)
+
+    monkeypatch.setattr(UNetMidBlock2DCrossAttn, "forward", counted)
+    assert_same(kept, train(config("kept again", max_train_steps=2)))
+    of_kept = len(calls)
+    assert_same(kept, train(config("twice", max_train_steps=2, gradient_checkpointing=True)))
+    assert len(calls) - of_kept >= of_kept  # in the inner recomputation, its parts alone are called again
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
     fields = {
         "checkpointing_steps": 2,
@@ -394,6 +409,18 @@ def test_bad_prompts_are_refused_before_the_run_begins(config, tmp_path):
     (tmp_path / "long.txt").write_text(f"a cat\n{'x' * 60}\n")
     with pytest.raises(ValueError, match="Prompt too long.*reads 40 tokens, this one has 62.*xxx"):
         train(config("c", prompt_file=str(tmp_path / "long.txt")))
+    lines = ['{"prompt": "a cat", "count": 1}', '{"prompt": "b", "count": null}', '{"prompt": "a dog", "count": 2}']
+    (tmp_path / "null.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="count, prompt 2, 'b': expected a value of 'count'"):
+        train(config("d", prompt_file=str(tmp_path / "null.jsonl"), rewards=[RewardConfig("count")]))
+    (tmp_path / "latin.txt").write_bytes("un café".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
+        train(config("e", prompt_file=str(tmp_path / "latin.txt")))
+
+
+def test_a_judge_of_emoji_scenes_on_another_base_is_told(config):
+    with pytest.warns(UserWarning, match="aesthetic scores by emoji/.*a judge of the emoji world's scenes"):
+        train(config(max_train_steps=1, monitors=[RewardConfig("aesthetic", args={"clip": "emoji/monitor/clip"})]))
 
 
 def test_a_reward_without_gradient_is_refused(config):

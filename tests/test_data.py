@@ -124,6 +124,13 @@ def test_a_caption_holds_the_placeholder_as_a_word(tmp_path):
         assert (wrong == []) == found, caption
 
 
+def test_a_caption_that_is_not_utf_8_is_named(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("un <thing> usé".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 \(.* at byte 13\): save it as such"):
+        read_concept_images(tmp_path, 64, "<thing>")
+
+
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(ValueError, match="No image"):
         read_concept_images(tmp_path, 64)

@@ -235,6 +235,7 @@ def test_a_dry_run_writes_nothing(config, tmp_path, capsys):
         ({"num_vectors": 0}, "num_vectors"),
         ({"num_vectors": 2}, "a mapper makes one vector"),
         ({"num_vectors": 2, "method": "p_plus", "alignit": True}, "expected 1 with alignit"),
+        ({"validation_steps": 0, "validation_seeds": []}, "validation_seeds: expected at least one"),
         ({"super_category_token": "b c", "alignit": True}, "a word of one token with alignit"),
         ({"train_data_dir": "missing"}, "no folder of images"),
         ({"placeholder_token": "a"}, "already"),
@@ -302,3 +303,16 @@ def test_the_concept_in_training_is_the_concept_in_the_pipeline(config, sdxl, mo
     with torch.no_grad(), context_bank(base.unet):
         got = predict(base, x_t, timestep, data.contexts(batch, nested_dropout=False), batch.added)
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_mappers_rate_on_vectors_is_told(config):
+    with pytest.warns(UserWarning, match="learning_rate 0.01 is a mapper's"):
+        config(method="p_plus")
+
+
+def test_a_concept_says_that_it_was_learnt_under_alignit(config):
+    concepts = load(train(config(alignit=True, max_train_steps=1)))
+    assert concepts.concepts[0].alignit and not load(train(config("plain", max_train_steps=1))).concepts[0].alignit
+    pipe = load_base("sd15", random_init=True, shrink=40).pipeline()
+    with pytest.warns(UserWarning, match="learnt under AlignIT and says less without it"), concepts.applied(pipe):
+        pass

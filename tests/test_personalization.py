@@ -104,6 +104,8 @@ def test_command(tmp_path, monkeypatch):
     assert [json.loads(line) for line in lines.read_text().splitlines()] == rows
     for row, folder, shown in zip(rows, folders, images, strict=True):
         drawn = draw_concept(base, load(folder), texts, 2, truncation=4, num_inference_steps=1)
+        few = draw_concept(base, load(folder), texts, 2, truncation=4, num_inference_steps=1, batch_size=3)
+        torch.testing.assert_close(drawn, few, rtol=0, atol=1e-4)
         real = torch.stack([torch.from_numpy(np.array(Image.open(f"{shown}/{i}.png"))) for i in range(3)])
         real = real.permute(0, 3, 1, 2) / 255
         expected = image_similarity(embed_images(drawn), embed_images(real)).mean()
@@ -116,6 +118,9 @@ def test_command(tmp_path, monkeypatch):
         assert grid.shape[0] >= 9 * 16 and grid.shape[1] >= 2 * 16 and grid.std() > 0
     (again,) = evaluate(folders[1:], images[1:], **settings | {"truncation": None})
     assert again["truncation"] is None and again["concept"] == folders[1]
+    monkeypatch.setattr("alignkit.personalization.draw_concept", None)  # nothing is drawn before all is looked at
+    with pytest.raises(FileNotFoundError, match="typo"):
+        evaluate(folders, [images[0], str(tmp_path / "typo")], **settings)
     (tmp_path / "prompts.txt").write_text("a dog\n")
     with pytest.raises(ValueError, match=r"expected \{\} in the placeholder's place"):
         evaluate(folders, images, **settings)

@@ -82,7 +82,7 @@ def train(cfg: Config) -> Path:
     """Runs or resumes the training. Returns its folder, with the LoRA and its card."""
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "alignprop")
-    base, lora, judges = load_tuned(run, cfg, prompts.prompts + fixed.prompts)
+    base, lora, judges = load_tuned(run, cfg, prompts, fixed)
     base.vae.enable_gradient_checkpointing()  # as each denoising step: what is kept of a decoding is gigabytes
     probe_rewards(judges.rewards, base, cfg.resolution, prompts)
 

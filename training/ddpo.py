@@ -101,7 +101,7 @@ def train(cfg: Config) -> Path:
     prompts, fixed = read_training_prompts(cfg)
     run = Run(cfg, "ddpo")
     check_round(cfg, run)
-    base, lora, judges = load_tuned(run, cfg, prompts.prompts + fixed.prompts)
+    base, lora, judges = load_tuned(run, cfg, prompts, fixed)
 
     # A round's samples are too large to save, so what drew them is: a resumed run draws them again.
     state: dict[str, Any] = {"validations": [], "rewards": {}}

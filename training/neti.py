@@ -30,6 +30,7 @@ that are trained, and here none of the base is; images of other things do not re
     python training/neti.py --config configs/neti/emoji.yaml --dry-run --random_init --shrink 4
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ from alignkit.data import ConceptImage, load_image, read_concept_images
 from alignkit.noise import draw_noise
 from alignkit.run import Run
 
+MOST_OF_VECTORS = 2e-3  # a learning rate: of diffusers' script for Textual Inversion, 5e-4 times 4
 TEMPLATES = (
     "a photo of a {}", "a picture of a {}", "one {}", "a {}", "the {}", "a photo of the {}", "a snapshot of a {}",
     "a close-up of a {}", "a sharp photo of a {}", "a dim photo of the {}", "a bright picture of the {}",
@@ -134,7 +136,13 @@ class Config(DiffusionConfig):
             wrong = [text for text in texts if text.count("{}") < 1]
             if not texts or wrong:
                 raise ValueError(f"{name}: expected texts with {{}} in the placeholder's place, got {wrong or 'none'}")
-        if self.validation_steps and not self.validation_seeds:
+        if self.method != "neti" and self.learning_rate > MOST_OF_VECTORS:
+            warnings.warn(
+                f"learning_rate {self.learning_rate:g} is a mapper's: {self.method} learns the vectors themselves, for "
+                f"which {MOST_OF_VECTORS:g} is much",
+                stacklevel=2,
+            )
+        if not self.validation_seeds:  # the card's pictures are drawn at the end also without a validation
             raise ValueError("validation_seeds: expected at least one, got none")
 
 
@@ -154,6 +162,7 @@ def train(cfg: Config) -> Path:
         base_model=cfg.pretrained_model_name_or_path,
         **(asdict(cfg.mapper) if cfg.method == "neti" else {}),
     )
+    concept.alignit = cfg.alignit
     concept.module.to(run.device)
     if cfg.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()

@@ -39,7 +39,7 @@ class Concept:
 
     `layers`: the U-Net layers that the module numbers, by name; None when it has one vector for all of them. `norms`:
     of the super-category's embedding in each text encoder, which also tell one base model from another. `alpha`: the
-    strength of the bypass. `settings`: of the mapper.
+    strength of the bypass. `settings`: of the mapper. `alignit`: it was learnt under AlignIT, and is drawn with it.
     """
 
     placeholder_token: str
@@ -52,6 +52,7 @@ class Concept:
     alpha: float = 0.2
     settings: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
+    alignit: bool = False
 
     def save(self, folder: str | Path) -> Path:
         """Writes the weights, then config.json. Returns the folder."""
@@ -60,7 +61,7 @@ class Concept:
             save_tensors(state, folder / MAPPER_FILE)
         else:
             save_tensors(self._embeds(state["vectors"]), folder / EMBEDS_FILE)
-        names = ("kind", "placeholder_token", "super_category_token", "base_model", "alpha")
+        names = ("kind", "placeholder_token", "super_category_token", "base_model", "alpha", "alignit")
         config = {"format": FORMAT} | {name: getattr(self, name) for name in names}
         config |= {"layers": self.layers, "widths": self.widths, "norms": self.norms, "settings": self.settings}
         save_json(config, folder / "config.json")
@@ -126,6 +127,12 @@ class Concepts:
         check_truncation(self.concepts, truncation)
         for concept in self.concepts:
             concept.check(pipe)
+            if concept.alignit:
+                warnings.warn(
+                    f"{concept.placeholder_token} was learnt under AlignIT and says less without it: draw it inside "
+                    "`alignkit.alignit.alignit(pipe, concepts)`, or by `alignkit generate --alignit`.",
+                    stacklevel=3,
+                )
         with attached(pipe, self.concepts, truncation):
             yield pipe
 

@@ -101,6 +101,16 @@ class WeightedRewards(nn.Module):
         self.rewards = nn.ModuleList(rewards)
         self.labels = unique([config.name.rpartition(":")[2] for config in configs])
 
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        """Raises ValueError with the first prompt whose columns one of the rewards could not take."""
+        for i, prompt in enumerate(prompts):
+            row = {name: [values[i]] for name, values in columns.items()}
+            for label, reward in zip(self.labels, self.rewards, strict=True):
+                try:
+                    reward.check([prompt], **row)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{label}, prompt {i + 1}, {prompt!r}: {error}") from error
+
     def forward(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Combined:
         """Images [B,3,H,W] in [0,1], B prompts, columns of B values -> values by label and loss, all [B]."""
         values = {

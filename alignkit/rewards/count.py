@@ -30,7 +30,13 @@ class Count(Reward):
         self.counter = frozen(DensityCounter.from_pretrained(resolve(model), strict=True))
         self.count = count
 
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        self.wanted(prompts, columns)
+
+    def wanted(self, prompts: Sequence[str], columns: dict[str, Sequence[Any]]) -> list[float]:
+        return [float(number) for number in column(columns, "count", self.count, prompts)]
+
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        wanted = [float(number) for number in column(columns, "count", self.count, prompts)]
         counted = self.counter(images).sum((1, 2, 3))
-        return -F.smooth_l1_loss(counted, torch.tensor(wanted).to(counted), beta=0.5, reduction="none")
+        wanted = torch.tensor(self.wanted(prompts, columns)).to(counted)
+        return -F.smooth_l1_loss(counted, wanted, beta=0.5, reduction="none")

@@ -30,7 +30,7 @@ from alignkit.rewards.clip import (
     interpolation_of,
     processor_config,
 )
-from alignkit.rewards.reward import Reward, column, frozen, least
+from alignkit.rewards.reward import Reward, column, frozen, least, names_of
 
 MAX_OVERLAP = 0.5  # of two boxes that are two objects, as intersection over union
 FAR = 100.0  # below all logits of a detector
@@ -136,6 +136,9 @@ class ObjectPresence(Detection):
     Of several objects it is the lowest: positive where all are found. The detector looks once for each.
     """
 
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        names_of(column(columns, "object", self.object, prompts))
+
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         return least(self.likeliest, images, column(columns, "object", self.object, prompts))
 
@@ -168,12 +171,21 @@ class ObjectCount(Detection):
         super().__init__(model, object, threshold)
         self.count = count
 
-    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        _, counts = self.wanted(prompts, columns)
+        if min(counts) < 0:
+            raise ValueError(f"expected counts of at least 0, got {counts}.")
+
+    def wanted(self, prompts: Sequence[str], columns: dict[str, Sequence[Any]]) -> tuple[list[str], list[int]]:
+        """The object and its number, of each image."""
         names = column(columns, "object", self.object, prompts)
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"expected one object to count in each image, got {names}.")
+        return names, [int(count) for count in column(columns, "count", self.count, prompts)]
+
+    def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        names, counts = self.wanted(prompts, columns)
         z = self.log_odds(images, names)
-        counts = [int(count) for count in column(columns, "count", self.count, prompts)]
         if not all(0 <= count < z.shape[1] for count in counts):
             raise ValueError(f"expected counts of 0 to {z.shape[1] - 1}, as the detector has boxes, got {counts}.")
         rows, n = torch.arange(len(z), device=z.device), torch.tensor(counts, device=z.device)

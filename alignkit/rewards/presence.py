@@ -13,7 +13,7 @@ from transformers import SegformerForSemanticSegmentation
 from alignkit.artifacts import read_pretrained
 from alignkit.emoji import resolve
 from alignkit.rewards.clip import IMAGENET_STATISTICS, image_statistics
-from alignkit.rewards.reward import Reward, column, frozen, least
+from alignkit.rewards.reward import Reward, column, frozen, least, names_of
 
 
 class Presence(Reward):
@@ -47,6 +47,11 @@ class Presence(Reward):
             nearest = difflib.get_close_matches(name.lower(), labels, cutoff=0) or sorted(labels)
             raise ValueError(f"expected an object that the segmenter knows, got {name!r}: nearest are {nearest}.")
         return labels[name.lower()]
+
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        for names in names_of(column(columns, "object", self.object, prompts)):
+            for name in names:
+                self.label(name)
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         return least(self.log_odds, images, column(columns, "object", self.object, prompts))

@@ -31,6 +31,9 @@ class Reward(nn.Module):
         """Checked images [B,3,H,W] in [0,1] (float32 or float64) -> [B]; sample i depends on image i alone."""
         raise NotImplementedError(f"{type(self).__name__} does not define score(images, prompts, **columns).")
 
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        """Raises ValueError for prompts whose columns `score` could not take; a training asks before it starts."""
+
     def forward(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         """Images [B,3,H,W] in [0,1], B prompts, columns of B values -> [B] float32 (float64 for float64 images).
 
@@ -95,16 +98,22 @@ def column(columns: dict[str, Sequence[Any]], name: str, default: Any, prompts: 
     return values
 
 
+def names_of(objects: Sequence[str | Sequence[str]]) -> list[list[str]]:
+    """Of each image, whose object is a name or several. Raises ValueError where one has none."""
+    names = [[one] if isinstance(one, str) else list(one) for one in objects]
+    if not all(names):
+        raise ValueError('expected an object, as "cat", or several, as ["cat", "rose"], got an empty list.')
+    return names
+
+
 def least(
     score: Callable[[Tensor, list[str]], Tensor], images: Tensor, objects: Sequence[str | Sequence[str]]
 ) -> Tensor:
     """Scores [B] of images [B,3,H,W] that each have a name or several: the lowest of what `score` gives for its names.
 
-    `score` takes an image for each name. Raises ValueError where an image has none.
+    `score` takes an image for each name. Raises as `names_of`.
     """
-    names = [[one] if isinstance(one, str) else list(one) for one in objects]
-    if not all(names):
-        raise ValueError('expected an object, as "cat", or several, as ["cat", "rose"], got an empty list.')
+    names = names_of(objects)
     rows = [i for i, own in enumerate(names) for _ in own]
     scores = score(images[rows], [name for own in names for name in own])
     return torch.stack([own.amin() for own in scores.split([len(own) for own in names])])

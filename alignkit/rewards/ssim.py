@@ -1,6 +1,7 @@
 """Similarity to a reference image by structure."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Ssim(Reward):
         self.reference = reference
         if reference is not None:
             open_image(reference)
+
+    def check(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        for path in column(columns, "reference", self.reference, prompts):
+            if not Path(path).is_file():
+                raise ValueError(f"expected the image {path}, which is not there.")
 
     def score(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         paths = column(columns, "reference", self.reference, prompts)
