@@ -180,7 +180,7 @@ def test_an_overflow_in_float16_says_what_to_do(tmp_path):
 
 
 WORD = SimpleNamespace(
-    concepts=[SimpleNamespace(placeholder_token="cat")], applied=lambda pipe, truncation: nullcontext()
+    concepts=[SimpleNamespace(placeholder_token="cat", alignit=False)], applied=lambda pipe, truncation: nullcontext()
 )
 DRAWS = {
     "compose": lambda base: alignkit.compose(base)("a cat", seed=0, num_inference_steps=1),
