@@ -259,7 +259,7 @@ class _Text:
             plain, end = plain + concept.noun, stop
         plain += prompt[end:]
         window = self.window
-        rows, length = _rows(self.segment.of(self.base), window, plain, places)
+        rows, length = _rows(self.base, self.segment, plain, places)
 
         order: list[int] = []
         spans, end = [], 0
@@ -290,21 +290,8 @@ class _Text:
         return stop - start
 
     def custom_rows(self, text: str) -> list[tuple[int, int]]:
-        """Rows of every concept in a prompt of the customised model, where a placeholder may be several tokens."""
-        pieces, places, end = "", [], 0
-        for start, stop, _ in self.find(text):
-            pieces += self.convert(text[end:start])
-            phrase = self.convert(text[start:stop])
-            places.append((len(pieces), len(pieces) + len(phrase)))
-            pieces, end = pieces + phrase, stop
-        pieces += self.convert(text[end:])
-        return _rows(self.segment.of(self.custom), self.window, pieces, places)[0]
-
-    def convert(self, text: str) -> str:
-        """As the pipeline's `encode_prompt` does: a token of several vectors is written out."""
-        tokenizer = self.segment.of(self.custom)[0]
-        known = hasattr(self.custom, "maybe_convert_prompt") and text.strip()
-        return self.custom.maybe_convert_prompt(text, tokenizer) if known else text
+        """Rows of every concept in a prompt of the customised model."""
+        return _rows(self.custom, self.segment, text, [(start, stop) for start, stop, _ in self.find(text)])[0]
 
     @torch.no_grad()
     def concept_rows(self, needed: Sequence[tuple[_Prompt, float]]) -> list[list[Tensor]]:
@@ -350,7 +337,7 @@ class _Text:
         if words == span.concept.phrase:
             rows = self.custom_rows(text)[span.index]
         else:
-            rows = _rows(self.segment.of(self.custom), self.window, text, [(start, start + len(words))])[0][0]
+            rows = _rows(self.custom, self.segment, text, [(start, start + len(words))])[0][0]
         return _encode(self.encode_custom, text, dict(extra))[0][:, self.segment.start :][:, slice(*rows)]
 
     def learned_rows(self, spans: dict[tuple, _Span]) -> dict[tuple, Tensor]:
@@ -400,25 +387,25 @@ def _find(prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int, Conc
 
 
 def _rows(
-    tokenizers: Sequence[Any], window: int, text: str, places: Sequence[tuple[int, int]]
+    pipe: Any, segment: _Segment, text: str, places: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], int]:
     """Rows (start, stop) of the prompt's embedding that come from these characters; and how many are not padding.
 
     Of no characters, no rows: both are the row of the next token.
     """
-    answers = []
-    for tokenizer in tokenizers:
-        tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        offsets = tokens.offset_mapping
+    answers, window = [], segment.window
+    for tokenizer in segment.of(pipe):
+        written, written_places = _written_out(pipe, tokenizer, text, places)
+        offsets = tokenizer(written, return_offsets_mapping=True, verbose=False).offset_mapping
         rows = []
-        for start, stop in places:
+        for start, stop in written_places:
             if start == stop:
                 behind = (i for i, (a, b) in enumerate(offsets) if start <= a < b)
                 rows.append((next(behind, len(offsets) - 1),) * 2)
                 continue
             inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
             if not inside:
-                raise ValueError(f"{text[start:stop]!r} has no token of its own in {text!r}.")
+                raise ValueError(f"{written[start:stop]!r} has no token of its own in {text!r}.")
             rows.append((inside[0], inside[-1] + 1))
         answers.append((rows, len(offsets)))
         if any(stop >= window for _, stop in rows):
@@ -431,16 +418,25 @@ def _rows(
     return rows, min(length, window)
 
 
+def _written_out(
+    pipe: Any, tokenizer: Any, text: str, places: Sequence[tuple[int, int]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text and the places in it as the pipeline's `encode_prompt` reads them: tokens of several vectors in full."""
+    convert = getattr(pipe, "maybe_convert_prompt", lambda part, _: part)
+    written, moved, end = "", [], 0
+    for start, stop in places:
+        before, within = convert(text[end:start], tokenizer), convert(text[start:stop], tokenizer)
+        written += before
+        moved.append((len(written), len(written) + len(within)))
+        written, end = written + within, stop
+    return written + convert(text[end:], tokenizer), moved
+
+
 def token_rows(pipe: Any, text: str, start: int, stop: int) -> tuple[int, int]:
     """First row and the row behind the last that these characters of a prompt have in its embedding."""
-    convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)
-    before, within = (
-        convert(part, pipe.tokenizer) if part.strip() else part for part in (text[:start], text[start:stop])
-    )
-    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
-    window = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    rows, _ = _rows(tokenizers, window, convert(text, pipe.tokenizer), [(len(before), len(before) + len(within))])
-    return rows[0]
+    names = tuple(name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None)
+    window = min(getattr(pipe, name).model_max_length for name in names)
+    return _rows(pipe, _Segment(names, 0, window), text, [(start, stop)])[0][0]
 
 
 def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:

@@ -541,6 +541,23 @@ def test_a_token_beside_its_noun(inversion):
     assert torch.equal(last, torch.cat([base[:behind], dummy[own : own + 1], base[behind:-1]]))
 
 
+def test_beside_a_token_of_several_vectors(inversion):
+    """Which encode_prompt writes out: all rows behind it stand elsewhere."""
+    case, vectors = inversion, torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    for pipe in (case.pipe, case.base, case.custom):
+        pipe.load_textual_inversion({"<s>": vectors})
+    base = case.base.encode_prompt("a <s> and a dog and a hat", "cpu", 1, False)[0][0]
+    dummy = case.custom.encode_prompt("one <t> here", "cpu", 1, False)[0][0]
+    own = concept_rows(case, "one <t> here").start
+    row = rows_of(case.base, "a <s> and a dog and a hat", "dog").start
+    expected = torch.cat([base[:row], dummy[own : own + 1], base[row + 3 :], base[-1:].expand(2, -1)])
+    with case.aligned():
+        embeds = case.pipe.encode_prompt("a <s> and a <t> and a hat", "cpu", 1, True, "a <s> and a <t> and a hat")
+        assert torch.equal(embeds[0][0], expected) and torch.equal(embeds[1][0], expected)
+        with pytest.raises(ValueError, match="Prompt too long"):
+            case.pipe.encode_prompt("very " * 7 + "<s> and red <t>", "cpu", 1, False)
+
+
 def test_a_name_with_something_behind_it(inversion):
     """As tokenizers read it: in "<t>s" it is the concept, in "<t>_1" another's."""
     with inversion.aligned():
