@@ -46,6 +46,7 @@ from alignkit.attention import (
     paired_projections,
     projection_pairs,
     text_layers,
+    text_parts,
 )
 from alignkit.concepts.text import encode_contexts, keep_recent, prefix, tokenize, towers
 from alignkit.data import word_pattern
@@ -57,6 +58,11 @@ PROCESSORS = (  # of diffusers, that read text as the first of them does
     "CustomDiffusionAttnProcessor2_0", "CustomDiffusionXFormersAttnProcessor", "IPAdapterAttnProcessor",
     "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor",
 )  # fmt: skip
+
+_MERGED = (
+    "The LoRA {} was merged into the weights, so the base's are gone. Call pipe.unfuse_lora() first, or load it "
+    "without merging."
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def alignit(
     _check_concepts(pipe, concepts, source, truncation)
     pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
-    _check_network(pipe)
+    check = _watch_network(pipe.unet)
     _warn_of_sums(custom or pipe, concepts, base_adapters)
     names = text_layers(pipe.unet)
     unknown = sorted(set(layers or ()) - set(names))
@@ -173,7 +179,7 @@ def alignit(
             stack.enter_context(numbered_bank(pipe, numbers, text.window))
             if two_weights:
                 stack.enter_context(paired_projections(pairs))
-        handle = pipe.unet.register_forward_pre_hook(lambda *_: _check_network(pipe, RuntimeError))
+        handle = pipe.unet.register_forward_pre_hook(lambda *_: check())
         stack.callback(handle.remove)
         original = pipe.encode_prompt
         stack.callback(pipe.__dict__.pop, "encode_prompt")
@@ -456,6 +462,8 @@ def _encode_prompt(original: Callable, text: _Text, bank: "_Bank | None", streng
     signature = inspect.signature(original)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+        for one in (text.custom, text.base):
+            _refuse_merged(one, RuntimeError)
         given = signature.bind(*args, **kwargs)
         values = given.arguments
         extra = {name: values[name] for name in ("clip_skip", "lora_scale") if values.get(name) is not None}
@@ -580,6 +588,8 @@ def _input_rows(
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
         nonlocal met
+        for one in (own, other):
+            _refuse_merged(one, RuntimeError)
         given = signature.bind(*args, **kwargs)
         values = given.arguments
         names = ("clip_skip", "lora_scale", "max_sequence_length")
@@ -752,15 +762,12 @@ def _check_family(pipe: Any) -> None:
     _refuse_merged(pipe)
 
 
-def _refuse_merged(pipe: Any) -> None:
+def _refuse_merged(pipe: Any, kind: type[Exception] = ValueError) -> None:
     merged = set(getattr(pipe, "_merged_adapters", None) or ())
     for layer in (layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)):
         merged |= set(layer.merged_adapters)
     if merged:
-        raise ValueError(
-            f"The LoRA {sorted(merged)} was merged into the weights, so the base's are gone. Call "
-            "pipe.unfuse_lora() first, or load it without merging."
-        )
+        raise kind(_MERGED.format(sorted(merged)))
 
 
 def _check_customised(
@@ -830,11 +837,43 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
         _check_customised(concepts, encoders[0], tokenizers, base_adapters, where, "a LoRA of them")
 
 
-def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
-    if torch.compiler.is_compiling():
-        return
-    for name, module in pipe.unet.named_modules():
-        if not (isinstance(module, attention_processor.Attention) and module.is_cross_attention):
+def _watch_network(unet: nn.Module) -> Callable[[], None]:
+    """Checks the network; what is returned raises RuntimeError for what came up since, and is cheap."""
+    _check_network(unet)
+    reading = [module for module in unet.modules() if _reads_text(module)]
+    attributes = [vars(module) for module in unet.modules()]
+    attached = text_parts(reading)
+
+    def state() -> list:
+        """What differs when a processor was exchanged, or a cache of anybody's put in or taken out."""
+        return [module.processor for module in reading] + [own.get("forward") for own in attributes]
+
+    seen = state()
+
+    def check() -> None:
+        nonlocal seen
+        if torch.compiler.is_compiling():
+            return
+        now = state()
+        if now != seen:  # else the whole network would be walked at every step
+            _check_network(unet, RuntimeError)
+            seen = now
+        parts = text_parts(reading)
+        if parts != attached:
+            raise RuntimeError(
+                "The attention modules were exchanged inside AlignIT's `with` block. Load and unload adapters before "
+                "it."
+            )
+        merged = [name for part in parts for name in getattr(part, "merged_adapters", ())]
+        if merged:
+            raise RuntimeError(_MERGED.format(sorted(set(merged))))
+
+    return check
+
+
+def _check_network(unet: nn.Module, kind: type[Exception] = ValueError) -> None:
+    for name, module in unet.named_modules():
+        if not _reads_text(module):
             continue
         own = type(module.processor)
         if own.__module__ != attention_processor.__name__ or own.__name__ not in PROCESSORS:
@@ -842,15 +881,19 @@ def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
                 f"{name} has the attention processor {own.__name__}, which may read text in its own way: "
                 "call pipe.unet.set_default_attn_processor() first."
             )
-    found = find_cache(pipe.unet, ATTENTION_CACHES + BLOCK_CACHES)
+    found = find_cache(unet, ATTENTION_CACHES + BLOCK_CACHES)
     if found:
         raise kind(f"{found[0]} has the cache {found[1]}, which reuses what earlier steps computed: disable it.")
-    for name, module in pipe.unet.named_modules():
+    for name, module in unet.named_modules():
         if name and _has_foreign_forward(module):
             raise kind(
                 f"{name} has another forward than its class, as step caches like DeepCache put there, which reuse what "
                 "earlier steps computed: disable it."
             )
+
+
+def _reads_text(module: nn.Module) -> bool:
+    return isinstance(module, attention_processor.Attention) and module.is_cross_attention
 
 
 def _has_foreign_forward(module: nn.Module) -> bool:

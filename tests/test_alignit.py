@@ -807,6 +807,37 @@ def test_fusion_and_step_cache_inside(lora, inversion):
             draw(lora.pipe, prompt_of(lora))
 
 
+def test_a_lora_that_is_merged_or_loaded_inside(lora, inversion, tiny_model, tmp_path):
+    """Through the network or the pipeline, whether or not the network is attached to."""
+    text_lora = make("text_lora", tiny_model, tmp_path)
+    with lora.aligned():
+        draw(lora.pipe, prompt_of(lora))
+        lora.pipe.unet.fuse_lora()
+        with pytest.raises(RuntimeError, match=r"The LoRA \['default'\] was merged"):
+            draw(lora.pipe, prompt_of(lora))
+    with text_lora.aligned():
+        text_lora.pipe.fuse_lora(["text_encoder"])
+        with pytest.raises(RuntimeError, match=r"The LoRA \['default'\] was merged"):
+            draw(text_lora.pipe, prompt_of(text_lora))
+    with inversion.aligned():
+        inversion.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
+        with pytest.raises(RuntimeError, match="attention modules were exchanged"):
+            draw(inversion.pipe, prompt_of(inversion))
+
+
+def test_a_step_does_not_walk_the_network(lora, monkeypatch):
+    """But after a change in it, once."""
+    with lora.aligned():
+        draw(lora.pipe, prompt_of(lora))
+        walks = []
+        monkeypatch.setattr(alignit_module, "_check_network", lambda *args: walks.append(args))
+        draw(lora.pipe, prompt_of(lora))
+        assert not walks
+        lora.pipe.unet.set_attn_processor(attention_processor.AttnProcessor())
+        draw(lora.pipe, prompt_of(lora))
+        assert len(walks) == 1
+
+
 def broadcast(unet: nn.Module) -> None:
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
