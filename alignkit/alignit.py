@@ -59,6 +59,7 @@ PROCESSORS = (  # of diffusers, that read text as the first of them does
     "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor",
 )  # fmt: skip
 
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _MERGED = (
     "The LoRA {} was merged into the weights, so the base's are gone. Call pipe.unfuse_lora() first, or load it "
     "without merging."
@@ -155,6 +156,11 @@ def alignit(
     _check_concepts(pipe, concepts, source, truncation)
     pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
+    if base is not None or custom is not None:
+        for pair in pairs:
+            _check_place(pipe, "unet", pair.module, pair.custom if base is None else pair.base)
+    if base is not None:
+        _check_encoders(pipe, base)
     check = _watch_network(pipe.unet)
     _warn_of_sums(custom or pipe, concepts, base_adapters)
     names = text_layers(pipe.unet)
@@ -166,7 +172,8 @@ def alignit(
     window = min(getattr(base or pipe, name).model_max_length for name in tokenizers)
     segment = _Segment(tokenizers, 0, window)
     text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment, truncation, base_adapters)
-    if not two_weights and base is None and custom is None:
+    disabled = all(getattr(pair.custom, "disable_adapters", False) for pair in pairs if pair.base is not pair.custom)
+    if disabled and base is None and custom is None:
         _check_customised(concepts, _text_encoders(pipe), segment.of(pipe), base_adapters)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
     everywhere = infuse == "both" and layers is None and timesteps is None
@@ -183,7 +190,7 @@ def alignit(
         stack.callback(handle.remove)
         original = pipe.encode_prompt
         stack.callback(pipe.__dict__.pop, "encode_prompt")
-        pipe.encode_prompt = _encode_prompt(original, text, numbers, strength)
+        pipe.encode_prompt = _encode_prompt(original, text, numbers, strength, custom)
         yield pipe
 
 
@@ -249,6 +256,7 @@ class _Text:
         self.concepts = [_on_device(concept, custom) for concept in concepts]
         self.num_layers, self.window = num_layers, segment.window
         self.cache: OrderedDict[tuple, Tensor] = OrderedDict()
+        self.adapters: list = []
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
 
     def find(self, prompt: str) -> list[tuple[int, int, Concept]]:
@@ -298,6 +306,14 @@ class _Text:
     def custom_rows(self, text: str) -> list[tuple[int, int]]:
         """Rows of every concept in a prompt of the customised model."""
         return _rows(self.custom, self.segment, text, [(start, stop) for start, stop, _ in self.find(text)])[0]
+
+    def forget_others(self) -> None:
+        """Rows of the text encoders' adapters as they were: others active, or with other weights."""
+        layers = (layer for encoder in _text_encoders(self.custom) for layer in _adapters(encoder))
+        adapters = [(layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
+        if adapters != self.adapters:
+            self.cache.clear()
+        self.adapters = adapters
 
     @torch.no_grad()
     def concept_rows(self, needed: Sequence[tuple[_Prompt, float]]) -> list[list[Tensor]]:
@@ -458,14 +474,23 @@ def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:
 # The pipeline's encode_prompt
 
 
-def _encode_prompt(original: Callable, text: _Text, bank: "_Bank | None", strength: float) -> Callable:
+def _encode_prompt(
+    original: Callable, text: _Text, bank: "_Bank | None", strength: float, custom: Any
+) -> Callable:  # fmt: skip
     signature = inspect.signature(original)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
         for one in (text.custom, text.base):
             _refuse_merged(one, RuntimeError)
+        text.forget_others()
         given = signature.bind(*args, **kwargs)
         values = given.arguments
+        grafted = [] if custom is None else _active_adapters(custom.unet, ())
+        if grafted and values.get("lora_scale") not in (None, 1):
+            raise ValueError(
+                f"The scale {values['lora_scale']} of cross_attention_kwargs does not reach the LoRA {grafted[0]!r}, "
+                "which is in the U-Net of `custom`: set its weight there, custom.set_adapters(name, weight)."
+            )
         extra = {name: values[name] for name in ("clip_skip", "lora_scale") if values.get(name) is not None}
         prompts = {}
         for side in ("prompt", "negative_prompt"):
@@ -595,6 +620,8 @@ def _input_rows(
         names = ("clip_skip", "lora_scale", "max_sequence_length")
         extra = {name: values[name] for name in names if values.get(name) is not None}
         parts = of_length(extra.get("max_sequence_length", default))
+        for text in parts:
+            text.forget_others()
         placed: dict[str, list[list[_Prompt]]] = {}
         for name in sides:
             told = values.get(name)
@@ -828,6 +855,7 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
             "cannot carry that. Name it in base_adapters if it belongs to the base, as a style does, or switch it off: "
             "pipe.transformer.disable_lora()."
         )
+    _check_encoders(pipe, other)
     segments = _segments(other, 1)
     encoders = [[encoder for segment in segments for encoder in segment.encoders(one)] for one in (own, other)]
     if all(a is b for a, b in zip(*encoders, strict=True)):
@@ -835,6 +863,30 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
         names = " and ".join(n.replace("tokenizer", "text_encoder") for segment in segments for n in segment.tokenizers)
         where = f"the text encoders whose rows enter the transformer ({names})"
         _check_customised(concepts, encoders[0], tokenizers, base_adapters, where, "a LoRA of them")
+
+
+def _check_encoders(pipe: Any, base: Any) -> None:
+    """ValueError for text encoders whose rows the network could not read as they come; a concept's rows are cast."""
+    for name in _TEXT_ENCODERS:
+        if getattr(pipe, name, None) is not None and getattr(base, name, None) is not None:
+            _check_place(pipe, name, getattr(pipe, name), getattr(base, name))
+
+
+def _check_place(pipe: Any, name: str, ours: nn.Module, theirs: nn.Module) -> None:
+    """ValueError where a module of the second pipeline is on another device, or in another precision."""
+    # a hook of its own brings a module to the device, or casts it; that of a whole U-Net is passed by
+    hooked = any(hasattr(m, hook) for m in theirs.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+    if ours is theirs or hooked:
+        return
+    device = pipe._execution_device  # not where the module is, which may be offloaded
+    own, found = (next((p.dtype for p in m.parameters() if p.is_floating_point()), None) for m in (ours, theirs))
+    place = next(theirs.parameters()).device
+    if (place.type, place.index or 0) != (device.type, device.index or 0) or (own and found and own != found):
+        raise ValueError(
+            f"The second pipeline's {name} is in {found} on {place}, expected {own} on {device}, where the one that runs "
+            f"works. Bring it there by .to({str(device)!r}, {own}); a whole model that is offloaded "
+            "(enable_model_cpu_offload) stays behind: leave the second pipeline on the device."
+        )
 
 
 def _watch_network(unet: nn.Module) -> Callable[[], None]:
@@ -904,8 +956,7 @@ def _has_foreign_forward(module: nn.Module) -> bool:
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
+    return [encoder for name in _TEXT_ENCODERS if (encoder := getattr(pipe, name, None)) is not None]
 
 
 def _adapters(module: nn.Module) -> list[nn.Module]:

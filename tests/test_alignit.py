@@ -570,6 +570,17 @@ def test_a_name_with_something_behind_it(inversion):
     assert torch.equal(embeds[1], dummy[own]) and torch.equal(embeds[2:-2], base[4:])
 
 
+def test_weights_of_adapters_that_change_inside(tiny_model, tmp_path):
+    """The rows of a LoRA of the text encoder are those of its weight now."""
+    case, images = make("text_lora", tiny_model, tmp_path), []
+    for weights in ((1.0, 0.1), (0.1,)):
+        with case.aligned():
+            for weight in weights:
+                case.pipe.set_adapters("default", weight)
+                images.append(draw(case.pipe, prompt_of(case)))
+    assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
+
+
 def test_two_concepts_in_one_prompt(tiny_model):
     """One name is the beginning of the other; each keeps its own rows."""
     pipe, base = new_pipe(tiny_model, torch.float32), new_pipe(tiny_model, torch.float32)
@@ -1067,6 +1078,31 @@ def test_negative_prompts_of_joint_attention(joint):
     assert latents.isfinite().all()
 
 
+def test_a_second_pipeline_elsewhere(lora, tiny_model, tmp_path):
+    """In another precision, or on another device: torch would say so from within the U-Net."""
+    graft, half = make("graft", tiny_model, tmp_path), new_pipe(tiny_model, torch.bfloat16)
+    for part in ("unet", "text_encoder"):
+        other = new_pipe(tiny_model, torch.float32)
+        setattr(other, part, getattr(half, part))
+        for side in ("base", "custom") if part == "unet" else ("base",):
+            with pytest.raises(ValueError, match=rf"{part} is in torch.bfloat16 on cpu, expected torch.float32 on cpu"):
+                alignit(lora.pipe, [lora.concept], **{side: other}).__enter__()
+    graft.custom.unet.to("meta")
+    with pytest.raises(ValueError, match="on meta, expected torch.float32 on cpu"), graft.aligned():
+        pass
+
+
+def test_scale_of_a_lora_that_is_grafted(lora):
+    """It reaches the LoRAs of the pipeline that runs alone."""
+    scaled = {"cross_attention_kwargs": {"scale": 0.5}}
+    with alignit(lora.base, [lora.concept], custom=lora.custom):
+        draw(lora.base, prompt_of(lora), cross_attention_kwargs={"scale": 1.0})
+        with pytest.raises(ValueError, match="scale 0.5 of cross_attention_kwargs does not reach the LoRA 'default'"):
+            draw(lora.base, prompt_of(lora), **scaled)
+    with lora.aligned():
+        draw(lora.pipe, prompt_of(lora), **scaled)
+
+
 def test_joint_attention():
     class Joint:
         transformer = nn.Linear(1, 1)
@@ -1095,6 +1131,13 @@ def test_another_base(lora):
 )
 def test_wrong_settings(lora, settings, message):
     with pytest.raises(ValueError, match=message), lora.aligned(**settings):
+        pass
+
+
+def test_a_lora_that_is_switched_off(lora):
+    """Nothing is customised then."""
+    lora.pipe.unet.disable_adapters()
+    with pytest.raises(ValueError, match="Nothing in this pipeline is customised for '<t> dog'"), lora.aligned():
         pass
 
 
