@@ -50,7 +50,7 @@ from alignkit.attention import (
 )
 from alignkit.concepts.text import encode_contexts, keep_recent, prefix, tokenize, towers
 from alignkit.data import word_pattern
-from alignkit.marker import is_marked, marked, numbered_bank, unmarked
+from alignkit.marker import is_marked, marked, numbered_bank, take_numbers, unmarked
 
 PROCESSORS = (  # of diffusers, that read text as the first of them does
     "AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor",
@@ -131,14 +131,18 @@ def alignit(
 
     The paper infuses keys and values of all layers at all timesteps. These are ours: `infuse` keys or values alone;
     `strength` w, of (1 - w) base + w concept; `layers`, a choice of `attention.text_layers(pipe.unet)`; `timesteps`,
-    the lowest and the highest of the training schedule between which anything is infused. Elsewhere, the base reads
-    the noun.
+    the lowest and the highest of the training schedule between which anything is infused. Elsewhere, and with strength
+    0, all is the base's for P_0. Where keys or values alone are infused, the other side has to number its rows as
+    they do, as has the base's share: there the noun's rows stand in the concept's places, its last one again where the
+    concept has more, which takes a noun.
 
     Raises ValueError for what cannot keep the promise: a LoRA that was merged, fused projections, attention processors
     of others, a cache of earlier steps, joint attention, another base; RuntimeError when one of these comes up inside.
     """
     concepts = _as_concepts(concepts)
     _check_settings(mode, source, infuse, strength, timesteps)
+    if infuse != "both" or 0 < strength < 1:
+        _check_nouns(concepts)
     if "encode_prompt" in vars(pipe):
         raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     if mode == "input":
@@ -158,7 +162,8 @@ def alignit(
     two_weights = any(pair.base is not pair.custom for pair in pairs)
     if base is not None or custom is not None:
         for pair in pairs:
-            _check_place(pipe, "unet", pair.module, pair.custom if base is None else pair.base)
+            theirs = pair.custom if base is None else pair.base
+            _check_place(pipe, "unet", pair.module, getattr(theirs, "layer", theirs))  # of SomeAdapters
     if base is not None:
         _check_encoders(pipe, base)
     check = _watch_network(pipe.unet)
@@ -227,8 +232,8 @@ class _Span:
 class _Prompt:
     """A prompt in the base's words, P_0.
 
-    `order` [S]: the row of the base's embedding that stands at each place, the noun's at the concepts' places. `extra`:
-    settings of the pipeline's `encode_prompt`, as pairs.
+    `order` [S]: the row of the base's embedding that stands at each place, the noun's at the concepts' places, with its
+    last one again where the concept has more. `extra`: settings of the pipeline's `encode_prompt`, as pairs.
     """
 
     plain: str
@@ -505,14 +510,15 @@ def _encode_prompt(
         if prompts["prompt"] and not any(prompt.spans for prompt in prompts["prompt"]):
             phrases = " or ".join(repr(concept.phrase) for concept in text.concepts)
             warnings.warn(f"No concept in {values['prompt']!r}: expected {phrases}. The base draws it.", stacklevel=3)
+        marks = [take_numbers(values, f"{side}_embeds", text.window) for side in prompts]
         with _base_adapters(text.base, text.base_adapters):
-            prompt_embeds, negative_prompt_embeds, *rest = text.encode_base(*given.args, **given.kwargs)
+            encoded = text.encode_base(*given.args, **given.kwargs)
         images = values.get("num_images_per_prompt", 1)
-        return (
-            _placed(prompt_embeds, prompts["prompt"], images, text, bank, strength),
-            _placed(negative_prompt_embeds, prompts["negative_prompt"], images, text, bank, strength),
-            *rest,
-        )
+        both = [
+            marked(embeds, mark) if mark and embeds is not None else _placed(embeds, own, images, text, bank, strength)
+            for embeds, own, mark in zip(encoded[:2], prompts.values(), marks, strict=True)
+        ]
+        return *both, *encoded[2:]
 
     return encode_prompt
 
@@ -531,20 +537,19 @@ def _placed(
     bank: "_Bank | None",
     strength: float,
 ) -> Tensor | None:
-    """The base's embeddings [B, S, D] with the concepts' rows or, for the bank, the prompts' numbers behind them."""
-    if embeds is None or (not prompts and is_marked(embeds, text.window)):
-        return embeds
+    """The base's embeddings [B, S, D] with the concepts' rows; for the bank, as they are, with the prompts' numbers."""
+    if embeds is None:
+        return None
     images = num_images_per_prompt if len(prompts) > 1 else len(embeds)
     prompts = [prompt for prompt in prompts for _ in range(images)]
     rows, numbers = list(embeds), [0] * len(embeds)
     for i, prompt in enumerate(prompts):
-        if prompt.spans:
-            rows[i] = rows[i][prompt.order]
-            if bank is not None:
-                numbers[i] = bank.number(prompt)
-            else:
-                keys, _, mask = _infused(prompt, text.concept_rows([(prompt, 0.0)])[0], rows[i])
-                rows[i] = torch.where(mask, torch.lerp(rows[i], keys[0], strength), rows[i])
+        if prompt.spans and bank is not None:
+            numbers[i] = bank.number(prompt)
+        elif prompt.spans and strength:
+            ordered = rows[i][prompt.order]
+            keys, _, mask = _infused(prompt, text.concept_rows([(prompt, 0.0)])[0], ordered)
+            rows[i] = torch.where(mask, torch.lerp(ordered, keys[0], strength), ordered)
     embeds = torch.stack(rows)
     return embeds if bank is None else marked(embeds, numbers)
 
@@ -692,22 +697,24 @@ class _Bank:
         if not is_marked(text, self.text.window):  # given to the network past the pipeline
             return self._joined(text[:, None], None, None)
         text, numbers = unmarked(text)
-        text = text[:, None]
         if not any(numbers):
-            return self._joined(text, None, None)
+            return self._joined(text[:, None], None, None)
         timesteps = timestep.tolist()
         weights = self.layers.to(text)[None, :, None, None].repeat(len(text), 1, 1, 1)  # [B, L, 1, 1]
         n_layers = len(self.layers)
-        infused = [text.new_zeros(len(text), n_layers, *text.shape[2:]) for _ in range(2)]
-        masks = text.new_zeros(len(text), 1, text.shape[2], 1)
+        infused = [text.new_zeros(len(text), n_layers, *text.shape[1:]) for _ in range(2)]
+        masks, ordered = text.new_zeros(len(text), 1, text.shape[1], 1), text.clone()
         of_concepts = [row for row, number in enumerate(numbers) if number]
         needed = [(self.prompts[numbers[row]], timesteps[row]) for row in of_concepts]
         for row, (prompt, timestep), found in zip(of_concepts, needed, self.text.concept_rows(needed), strict=True):
             if self.timesteps is not None and not self.timesteps[0] <= timestep <= self.timesteps[1]:
                 weights[row] = 0
-            keys, values, mask = _infused(prompt, found, text[row, 0])
+            ordered[row] = text[row][prompt.order]
+            keys, values, mask = _infused(prompt, found, ordered[row])
             infused[0][row], infused[1][row] = keys, values
             masks[row, 0] = mask
+        # where nothing is infused, the base reads P_0 as it stands
+        text = torch.where(weights > 0, ordered[:, None], text[:, None])
         return self._joined(text, infused, weights * masks)
 
     def _joined(self, text: Tensor, infused: list[Tensor] | None, weights: Tensor | None) -> Tensor:
@@ -747,6 +754,15 @@ def _check_settings(
         raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
     if timesteps is not None and not timesteps[0] <= timesteps[1]:
         raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
+
+
+def _check_nouns(concepts: Sequence[Concept]) -> None:
+    alone = next((concept.phrase for concept in concepts if not concept.noun), None)
+    if alone is not None:
+        raise ValueError(
+            f"{alone!r} has no noun, so the base has no rows for its place: take infuse both and strength 0 or 1, or "
+            "make the noun a part of the concept, as in Concept('<t> cat', 'cat')."
+        )
 
 
 def _check_concepts(pipe: Any, concepts: Sequence[Concept], source: str, truncation: int | None) -> None:
@@ -883,8 +899,8 @@ def _check_place(pipe: Any, name: str, ours: nn.Module, theirs: nn.Module) -> No
     place = next(theirs.parameters()).device
     if (place.type, place.index or 0) != (device.type, device.index or 0) or (own and found and own != found):
         raise ValueError(
-            f"The second pipeline's {name} is in {found} on {place}, expected {own} on {device}, where the one that runs "
-            f"works. Bring it there by .to({str(device)!r}, {own}); a whole model that is offloaded "
+            f"The second pipeline's {name} is in {found} on {place}, expected {own} on {device}, where the one that "
+            f"runs works. Bring it there by .to({str(device)!r}, {own}); a whole model that is offloaded "
             "(enable_model_cpu_offload) stays behind: leave the second pipeline on the device."
         )
 

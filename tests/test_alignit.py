@@ -321,18 +321,24 @@ def test_weights_stay(case):
 # Identities
 
 
-def test_strength_zero_is_the_base_text(case):
-    """F 22: in the concept's places stand the noun's own rows, its last one again where the concept has more."""
-    with case.aligned(strength=0.0), recorded(case.pipe.unet) as ours:
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"timesteps": (0, 0)}], ids=str)
+def test_where_nothing_is_infused_it_is_the_base(case, settings):
+    """F 22: with other numbers of tokens, too."""
+    with case.aligned(**settings), recorded(case.pipe.unet) as ours:
         draw(case.pipe, prompt_of(case))
     with recorded(case.base.unet) as base:
         draw(case.base, PLAIN)
+    assert all(torch.equal(got, base[name]) for name, got in ours.items())
+
+
+def with_the_nouns_rows(case: Case) -> dict[str, Tensor]:
+    """Keys and values of the base for P_0; in the concept's places the noun's, the last again where it has more."""
+    with recorded(case.base.unet) as base:
+        draw(case.base, PLAIN)
     noun, concept = rows_of(case.base, PLAIN, "dog"), concept_rows(case, case.concept.dummy.format(case.concept.phrase))
-    count = concept.stop - concept.start
-    order = [min(noun.start + i, noun.stop - 1) for i in range(count)]
-    for name, got in ours.items():
-        assert torch.equal(got[1, noun.start : noun.start + count], base[name][1, order])
-        assert torch.equal(got[1, : noun.start], base[name][1, : noun.start])
+    own = [min(noun.start + i, noun.stop - 1) for i in range(concept.stop - concept.start)]
+    order = [*range(noun.start), *own, *range(noun.stop, 40)] + [39] * 40
+    return {name: torch.stack([rows[0], rows[1, order[:40]]]) for name, rows in base.items()}
 
 
 def test_concept_of_the_base_is_the_base(tiny_model, dtype):
@@ -403,9 +409,9 @@ def test_source_prompt_reads_the_words_before(inversion):
 
 @pytest.mark.parametrize("infuse", ["keys", "values"])
 def test_keys_or_values_alone(case, infuse):
-    """F 22: the other side is that of strength 0, the same side that of both."""
-    records = {}
-    for name, settings in {"both": {}, "none": {"strength": 0.0}, "one": {"infuse": infuse}}.items():
+    """F 22: the other side is the base's, which numbers its rows as this one, and this one that of both."""
+    records = {"none": with_the_nouns_rows(case)}
+    for name, settings in {"both": {}, "one": {"infuse": infuse}}.items():
         with case.aligned(**settings), recorded(case.pipe.unet) as records[name]:
             draw(case.pipe, prompt_of(case))
     for name, got in records["one"].items():
@@ -442,8 +448,8 @@ def test_window_of_timesteps(lora):
 
 
 def test_strength_is_linear(case):
-    records = []
-    for strength in (0.0, 0.5, 1.0):
+    records = [with_the_nouns_rows(case)]
+    for strength in (0.5, 1.0):
         with case.aligned(strength=strength), recorded(case.pipe.unet) as record:
             draw(case.pipe, prompt_of(case))
         records.append(record)
@@ -513,6 +519,9 @@ def test_embeddings_brought_along(lora):
         made = draw(lora.pipe, prompt_of(lora))
         embeds, negative = lora.pipe.encode_prompt(prompt_of(lora), "cpu", 1, True)
         assert torch.equal(draw_embeds(lora.pipe, embeds, negative), made)
+        generator = torch.Generator().manual_seed(0)
+        alone = lora.pipe(prompt_embeds=embeds, generator=generator, **STEPS).images
+        assert torch.equal(alone, made)
         plain, empty = lora.base.encode_prompt(PLAIN, "cpu", 1, True)
         with recorded(lora.pipe.unet) as ours:
             draw_embeds(lora.pipe, plain, empty)
@@ -539,6 +548,9 @@ def test_a_token_beside_its_noun(inversion):
     base = inversion.base.encode_prompt("a dog", "cpu", 1, False)[0][0]
     behind = rows_of(inversion.base, "a dog", "dog").stop
     assert torch.equal(last, torch.cat([base[:behind], dummy[own : own + 1], base[behind:-1]]))
+    for settings in ({"strength": 0.5}, {"infuse": "keys"}):
+        with pytest.raises(ValueError, match="'<t>' has no noun"), alignit(inversion.pipe, [alone], **settings):
+            pass
 
 
 def test_beside_a_token_of_several_vectors(inversion):
@@ -651,8 +663,7 @@ def test_controlnet_reads_the_base(lora):
         plain(PLAIN, control, **STEPS)
     with alignit(pipe, [lora.concept]), recorded(controlnet) as ours:
         pipe(prompt_of(lora), control, **STEPS)
-    noun = rows_of(lora.base, PLAIN, "dog")
-    assert all(torch.equal(ours[name][1, : noun.stop], base[name][1, : noun.stop]) for name in base)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
 
 
 def test_values_of_other_words(tiny_model):
@@ -1087,6 +1098,11 @@ def test_a_second_pipeline_elsewhere(lora, tiny_model, tmp_path):
         for side in ("base", "custom") if part == "unet" else ("base",):
             with pytest.raises(ValueError, match=rf"{part} is in torch.bfloat16 on cpu, expected torch.float32 on cpu"):
                 alignit(lora.pipe, [lora.concept], **{side: other}).__enter__()
+    lora.base.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="style")
+    lora.base.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="other")
+    lora.base.unet.set_adapter(["style", "other"])
+    with alignit(lora.pipe, [lora.concept], base=lora.base, base_adapters=["style"]):
+        draw(lora.pipe, prompt_of(lora))
     graft.custom.unet.to("meta")
     with pytest.raises(ValueError, match="on meta, expected torch.float32 on cpu"), graft.aligned():
         pass
