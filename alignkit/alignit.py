@@ -947,7 +947,7 @@ def _check_network(unet: nn.Module, kind: type[Exception] = ValueError) -> None:
         if own.__module__ != attention_processor.__name__ or own.__name__ not in PROCESSORS:
             raise kind(
                 f"{name} has the attention processor {own.__name__}, which may read text in its own way: "
-                "call pipe.unet.set_default_attn_processor() first."
+                "call pipe.unet.set_attn_processor(AttnProcessor2_0()) first, of diffusers."
             )
     found = find_cache(unet, ATTENTION_CACHES + BLOCK_CACHES)
     if found:
