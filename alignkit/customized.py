@@ -179,9 +179,10 @@ def load(
 
     `path`: a folder of `training/customize.py` or `training/neti.py` (which say what the concept is called); a file of
     Textual Inversion; a LoRA of diffusers, peft or kohya, or Custom Diffusion's weights, with
-    learned_embeds.safetensors beside them or not; a folder with the unet/ (and text encoders) of DreamBooth. Of others' files, `phrase` and
-    `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was trained in; what the folder says,
-    else "a photo of {}". `adapter_name`: of a LoRA. The pipeline is changed; DreamBooth gets one of its own.
+    learned_embeds.safetensors beside them or not; a folder with the unet/ (and text encoders) of DreamBooth. Of
+    others' files, `phrase` and `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was
+    trained in; what the folder says, else "a photo of {}". `adapter_name`: of a LoRA. The pipeline is changed;
+    DreamBooth gets one of its own.
 
     Raises ValueError for a pickle, a damaged file, one that fits another base, a missing name, or a customiser of the
     same kind that the pipeline has already.

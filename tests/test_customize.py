@@ -273,6 +273,31 @@ def test_class_images_of_other_settings_are_drawn_anew(config, monkeypatch):
         (folder / "README.md").unlink()  # or it would have finished
 
 
+def test_class_images_go_on_where_a_run_was_stopped(config, monkeypatch):
+    """By batches; one that was cut is drawn again, and all images are those of a run that nobody stopped."""
+    fields = {"num_class_images": 5, "sample_batch_size": 2, "max_train_steps": 1}
+    whole = train(config("whole", **fields)) / "class_images"
+    sample, seeds = customize.sample, []
+
+    def stopped(*args):
+        seeds.extend(args[4:])
+        if seeds == [0, 2, 4]:
+            (Path(config("part").output_dir) / "class_images.partial" / "0003.png").unlink()  # as if it had come later
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(customize, "sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(config("part", **fields))
+    assert not (Path(config("part").output_dir) / "class_images").exists()
+    part = train(config("part", **fields)) / "class_images"
+    assert seeds == [0, 2, 4, 2, 4]
+    files = sorted(file.name for file in whole.glob("*.png"))
+    assert files == sorted(file.name for file in part.glob("*.png")) == [f"{i:04d}.png" for i in range(5)]
+    assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in files)
+    assert not (part.parent / "class_images.partial").exists()
+
+
 def test_images_of_the_class_that_are_not_finite_stop_the_run(config, monkeypatch):
     """Before they are saved: 8 bits would make them black."""
 
