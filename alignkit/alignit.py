@@ -137,7 +137,8 @@ def alignit(
     concept has more, which takes a noun.
 
     Raises ValueError for what cannot keep the promise: a LoRA that was merged, fused projections, attention processors
-    of others, a cache of earlier steps, joint attention, another base; RuntimeError when one of these comes up inside.
+    of others, a cache of earlier steps, joint attention, another base, a second pipeline on another device or in
+    another precision; RuntimeError when one of these comes up inside.
     """
     concepts = _as_concepts(concepts)
     _check_settings(mode, source, infuse, strength, timesteps)
