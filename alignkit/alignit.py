@@ -46,10 +46,11 @@ from alignkit.attention import (
     paired_projections,
     projection_pairs,
     text_layers,
+    text_parts,
 )
 from alignkit.concepts.text import encode_contexts, keep_recent, prefix, tokenize, towers
 from alignkit.data import word_pattern
-from alignkit.marker import is_marked, marked, numbered_bank, unmarked
+from alignkit.marker import is_marked, marked, numbered_bank, take_numbers, unmarked
 
 PROCESSORS = (  # of diffusers, that read text as the first of them does
     "AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor",
@@ -57,6 +58,12 @@ PROCESSORS = (  # of diffusers, that read text as the first of them does
     "CustomDiffusionAttnProcessor2_0", "CustomDiffusionXFormersAttnProcessor", "IPAdapterAttnProcessor",
     "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor",
 )  # fmt: skip
+
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_MERGED = (
+    "The LoRA {} was merged into the weights, so the base's are gone. Call pipe.unfuse_lora() first, or load it "
+    "without merging."
+)
 
 
 @dataclass(frozen=True)
@@ -124,14 +131,19 @@ def alignit(
 
     The paper infuses keys and values of all layers at all timesteps. These are ours: `infuse` keys or values alone;
     `strength` w, of (1 - w) base + w concept; `layers`, a choice of `attention.text_layers(pipe.unet)`; `timesteps`,
-    the lowest and the highest of the training schedule between which anything is infused. Elsewhere, the base reads
-    the noun.
+    the lowest and the highest of the training schedule between which anything is infused. Elsewhere, and with strength
+    0, all is the base's for P_0. Where keys or values alone are infused, the other side has to number its rows as
+    they do, as has the base's share: there the noun's rows stand in the concept's places, its last one again where the
+    concept has more, which takes a noun.
 
     Raises ValueError for what cannot keep the promise: a LoRA that was merged, fused projections, attention processors
-    of others, a cache of earlier steps, joint attention, another base; RuntimeError when one of these comes up inside.
+    of others, a cache of earlier steps, joint attention, another base, a second pipeline on another device or in
+    another precision; RuntimeError when one of these comes up inside.
     """
     concepts = _as_concepts(concepts)
     _check_settings(mode, source, infuse, strength, timesteps)
+    if infuse != "both" or 0 < strength < 1:
+        _check_nouns(concepts)
     if "encode_prompt" in vars(pipe):
         raise RuntimeError("This pipeline's encode_prompt is replaced already: leave that `with` block first.")
     if mode == "input":
@@ -149,7 +161,13 @@ def alignit(
     _check_concepts(pipe, concepts, source, truncation)
     pairs = projection_pairs(pipe.unet, getattr(base, "unet", None), getattr(custom, "unet", None), base_adapters)
     two_weights = any(pair.base is not pair.custom for pair in pairs)
-    _check_network(pipe)
+    if base is not None or custom is not None:
+        for pair in pairs:
+            theirs = pair.custom if base is None else pair.base
+            _check_place(pipe, "unet", pair.module, getattr(theirs, "layer", theirs))  # of SomeAdapters
+    if base is not None:
+        _check_encoders(pipe, base)
+    check = _watch_network(pipe.unet)
     _warn_of_sums(custom or pipe, concepts, base_adapters)
     names = text_layers(pipe.unet)
     unknown = sorted(set(layers or ()) - set(names))
@@ -160,7 +178,8 @@ def alignit(
     window = min(getattr(base or pipe, name).model_max_length for name in tokenizers)
     segment = _Segment(tokenizers, 0, window)
     text = _Text(custom or pipe, base or pipe, concepts, source, len(names), segment, truncation, base_adapters)
-    if not two_weights and base is None and custom is None:
+    disabled = all(getattr(pair.custom, "disable_adapters", False) for pair in pairs if pair.base is not pair.custom)
+    if disabled and base is None and custom is None:
         _check_customised(concepts, _text_encoders(pipe), segment.of(pipe), base_adapters)
     varies = any(c.learned is not None and (c.learned.layers or c.learned.kind == "neti") for c in concepts)
     everywhere = infuse == "both" and layers is None and timesteps is None
@@ -173,11 +192,11 @@ def alignit(
             stack.enter_context(numbered_bank(pipe, numbers, text.window))
             if two_weights:
                 stack.enter_context(paired_projections(pairs))
-        handle = pipe.unet.register_forward_pre_hook(lambda *_: _check_network(pipe, RuntimeError))
+        handle = pipe.unet.register_forward_pre_hook(lambda *_: check())
         stack.callback(handle.remove)
         original = pipe.encode_prompt
         stack.callback(pipe.__dict__.pop, "encode_prompt")
-        pipe.encode_prompt = _encode_prompt(original, text, numbers, strength)
+        pipe.encode_prompt = _encode_prompt(original, text, numbers, strength, custom)
         yield pipe
 
 
@@ -214,8 +233,8 @@ class _Span:
 class _Prompt:
     """A prompt in the base's words, P_0.
 
-    `order` [S]: the row of the base's embedding that stands at each place, the noun's at the concepts' places. `extra`:
-    settings of the pipeline's `encode_prompt`, as pairs.
+    `order` [S]: the row of the base's embedding that stands at each place, the noun's at the concepts' places, with its
+    last one again where the concept has more. `extra`: settings of the pipeline's `encode_prompt`, as pairs.
     """
 
     plain: str
@@ -243,6 +262,7 @@ class _Text:
         self.concepts = [_on_device(concept, custom) for concept in concepts]
         self.num_layers, self.window = num_layers, segment.window
         self.cache: OrderedDict[tuple, Tensor] = OrderedDict()
+        self.adapters: list = []
         self.encode_custom, self.encode_base = custom.encode_prompt, base.encode_prompt
 
     def find(self, prompt: str) -> list[tuple[int, int, Concept]]:
@@ -259,7 +279,7 @@ class _Text:
             plain, end = plain + concept.noun, stop
         plain += prompt[end:]
         window = self.window
-        rows, length = _rows(self.segment.of(self.base), window, plain, places)
+        rows, length = _rows(self.base, self.segment, plain, places)
 
         order: list[int] = []
         spans, end = [], 0
@@ -290,21 +310,16 @@ class _Text:
         return stop - start
 
     def custom_rows(self, text: str) -> list[tuple[int, int]]:
-        """Rows of every concept in a prompt of the customised model, where a placeholder may be several tokens."""
-        pieces, places, end = "", [], 0
-        for start, stop, _ in self.find(text):
-            pieces += self.convert(text[end:start])
-            phrase = self.convert(text[start:stop])
-            places.append((len(pieces), len(pieces) + len(phrase)))
-            pieces, end = pieces + phrase, stop
-        pieces += self.convert(text[end:])
-        return _rows(self.segment.of(self.custom), self.window, pieces, places)[0]
+        """Rows of every concept in a prompt of the customised model."""
+        return _rows(self.custom, self.segment, text, [(start, stop) for start, stop, _ in self.find(text)])[0]
 
-    def convert(self, text: str) -> str:
-        """As the pipeline's `encode_prompt` does: a token of several vectors is written out."""
-        tokenizer = self.segment.of(self.custom)[0]
-        known = hasattr(self.custom, "maybe_convert_prompt") and text.strip()
-        return self.custom.maybe_convert_prompt(text, tokenizer) if known else text
+    def forget_others(self) -> None:
+        """Rows of the text encoders' adapters as they were: others active, or with other weights."""
+        layers = (layer for encoder in _text_encoders(self.custom) for layer in _adapters(encoder))
+        adapters = [(layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
+        if adapters != self.adapters:
+            self.cache.clear()
+        self.adapters = adapters
 
     @torch.no_grad()
     def concept_rows(self, needed: Sequence[tuple[_Prompt, float]]) -> list[list[Tensor]]:
@@ -350,7 +365,7 @@ class _Text:
         if words == span.concept.phrase:
             rows = self.custom_rows(text)[span.index]
         else:
-            rows = _rows(self.segment.of(self.custom), self.window, text, [(start, start + len(words))])[0][0]
+            rows = _rows(self.custom, self.segment, text, [(start, start + len(words))])[0][0]
         return _encode(self.encode_custom, text, dict(extra))[0][:, self.segment.start :][:, slice(*rows)]
 
     def learned_rows(self, spans: dict[tuple, _Span]) -> dict[tuple, Tensor]:
@@ -400,25 +415,25 @@ def _find(prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int, Conc
 
 
 def _rows(
-    tokenizers: Sequence[Any], window: int, text: str, places: Sequence[tuple[int, int]]
+    pipe: Any, segment: _Segment, text: str, places: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], int]:
     """Rows (start, stop) of the prompt's embedding that come from these characters; and how many are not padding.
 
     Of no characters, no rows: both are the row of the next token.
     """
-    answers = []
-    for tokenizer in tokenizers:
-        tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        offsets = tokens.offset_mapping
+    answers, window = [], segment.window
+    for tokenizer in segment.of(pipe):
+        written, written_places = _written_out(pipe, tokenizer, text, places)
+        offsets = tokenizer(written, return_offsets_mapping=True, verbose=False).offset_mapping
         rows = []
-        for start, stop in places:
+        for start, stop in written_places:
             if start == stop:
                 behind = (i for i, (a, b) in enumerate(offsets) if start <= a < b)
                 rows.append((next(behind, len(offsets) - 1),) * 2)
                 continue
             inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
             if not inside:
-                raise ValueError(f"{text[start:stop]!r} has no token of its own in {text!r}.")
+                raise ValueError(f"{written[start:stop]!r} has no token of its own in {text!r}.")
             rows.append((inside[0], inside[-1] + 1))
         answers.append((rows, len(offsets)))
         if any(stop >= window for _, stop in rows):
@@ -431,16 +446,25 @@ def _rows(
     return rows, min(length, window)
 
 
+def _written_out(
+    pipe: Any, tokenizer: Any, text: str, places: Sequence[tuple[int, int]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text and the places in it as the pipeline's `encode_prompt` reads them: tokens of several vectors in full."""
+    convert = getattr(pipe, "maybe_convert_prompt", lambda part, _: part)
+    written, moved, end = "", [], 0
+    for start, stop in places:
+        before, within = convert(text[end:start], tokenizer), convert(text[start:stop], tokenizer)
+        written += before
+        moved.append((len(written), len(written) + len(within)))
+        written, end = written + within, stop
+    return written + convert(text[end:], tokenizer), moved
+
+
 def token_rows(pipe: Any, text: str, start: int, stop: int) -> tuple[int, int]:
     """First row and the row behind the last that these characters of a prompt have in its embedding."""
-    convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)
-    before, within = (
-        convert(part, pipe.tokenizer) if part.strip() else part for part in (text[:start], text[start:stop])
-    )
-    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
-    window = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    rows, _ = _rows(tokenizers, window, convert(text, pipe.tokenizer), [(len(before), len(before) + len(within))])
-    return rows[0]
+    names = tuple(name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None)
+    window = min(getattr(pipe, name).model_max_length for name in names)
+    return _rows(pipe, _Segment(names, 0, window), text, [(start, stop)])[0][0]
 
 
 def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:
@@ -456,12 +480,23 @@ def _encode(encode_prompt: Callable, text: str, extra: dict[str, Any]) -> tuple:
 # The pipeline's encode_prompt
 
 
-def _encode_prompt(original: Callable, text: _Text, bank: "_Bank | None", strength: float) -> Callable:
+def _encode_prompt(
+    original: Callable, text: _Text, bank: "_Bank | None", strength: float, custom: Any
+) -> Callable:  # fmt: skip
     signature = inspect.signature(original)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+        for one in (text.custom, text.base):
+            _refuse_merged(one, RuntimeError)
+        text.forget_others()
         given = signature.bind(*args, **kwargs)
         values = given.arguments
+        grafted = [] if custom is None else _active_adapters(custom.unet, ())
+        if grafted and values.get("lora_scale") not in (None, 1):
+            raise ValueError(
+                f"The scale {values['lora_scale']} of cross_attention_kwargs does not reach the LoRA {grafted[0]!r}, "
+                "which is in the U-Net of `custom`: set its weight there, custom.set_adapters(name, weight)."
+            )
         extra = {name: values[name] for name in ("clip_skip", "lora_scale") if values.get(name) is not None}
         prompts = {}
         for side in ("prompt", "negative_prompt"):
@@ -476,14 +511,15 @@ def _encode_prompt(original: Callable, text: _Text, bank: "_Bank | None", streng
         if prompts["prompt"] and not any(prompt.spans for prompt in prompts["prompt"]):
             phrases = " or ".join(repr(concept.phrase) for concept in text.concepts)
             warnings.warn(f"No concept in {values['prompt']!r}: expected {phrases}. The base draws it.", stacklevel=3)
+        marks = [take_numbers(values, f"{side}_embeds", text.window) for side in prompts]
         with _base_adapters(text.base, text.base_adapters):
-            prompt_embeds, negative_prompt_embeds, *rest = text.encode_base(*given.args, **given.kwargs)
+            encoded = text.encode_base(*given.args, **given.kwargs)
         images = values.get("num_images_per_prompt", 1)
-        return (
-            _placed(prompt_embeds, prompts["prompt"], images, text, bank, strength),
-            _placed(negative_prompt_embeds, prompts["negative_prompt"], images, text, bank, strength),
-            *rest,
-        )
+        both = [
+            marked(embeds, mark) if mark and embeds is not None else _placed(embeds, own, images, text, bank, strength)
+            for embeds, own, mark in zip(encoded[:2], prompts.values(), marks, strict=True)
+        ]
+        return *both, *encoded[2:]
 
     return encode_prompt
 
@@ -502,20 +538,19 @@ def _placed(
     bank: "_Bank | None",
     strength: float,
 ) -> Tensor | None:
-    """The base's embeddings [B, S, D] with the concepts' rows or, for the bank, the prompts' numbers behind them."""
-    if embeds is None or (not prompts and is_marked(embeds, text.window)):
-        return embeds
+    """The base's embeddings [B, S, D] with the concepts' rows; for the bank, as they are, with the prompts' numbers."""
+    if embeds is None:
+        return None
     images = num_images_per_prompt if len(prompts) > 1 else len(embeds)
     prompts = [prompt for prompt in prompts for _ in range(images)]
     rows, numbers = list(embeds), [0] * len(embeds)
     for i, prompt in enumerate(prompts):
-        if prompt.spans:
-            rows[i] = rows[i][prompt.order]
-            if bank is not None:
-                numbers[i] = bank.number(prompt)
-            else:
-                keys, _, mask = _infused(prompt, text.concept_rows([(prompt, 0.0)])[0], rows[i])
-                rows[i] = torch.where(mask, torch.lerp(rows[i], keys[0], strength), rows[i])
+        if prompt.spans and bank is not None:
+            numbers[i] = bank.number(prompt)
+        elif prompt.spans and strength:
+            ordered = rows[i][prompt.order]
+            keys, _, mask = _infused(prompt, text.concept_rows([(prompt, 0.0)])[0], ordered)
+            rows[i] = torch.where(mask, torch.lerp(ordered, keys[0], strength), ordered)
     embeds = torch.stack(rows)
     return embeds if bank is None else marked(embeds, numbers)
 
@@ -584,11 +619,15 @@ def _input_rows(
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
         nonlocal met
+        for one in (own, other):
+            _refuse_merged(one, RuntimeError)
         given = signature.bind(*args, **kwargs)
         values = given.arguments
         names = ("clip_skip", "lora_scale", "max_sequence_length")
         extra = {name: values[name] for name in names if values.get(name) is not None}
         parts = of_length(extra.get("max_sequence_length", default))
+        for text in parts:
+            text.forget_others()
         placed: dict[str, list[list[_Prompt]]] = {}
         for name in sides:
             told = values.get(name)
@@ -659,22 +698,24 @@ class _Bank:
         if not is_marked(text, self.text.window):  # given to the network past the pipeline
             return self._joined(text[:, None], None, None)
         text, numbers = unmarked(text)
-        text = text[:, None]
         if not any(numbers):
-            return self._joined(text, None, None)
+            return self._joined(text[:, None], None, None)
         timesteps = timestep.tolist()
         weights = self.layers.to(text)[None, :, None, None].repeat(len(text), 1, 1, 1)  # [B, L, 1, 1]
         n_layers = len(self.layers)
-        infused = [text.new_zeros(len(text), n_layers, *text.shape[2:]) for _ in range(2)]
-        masks = text.new_zeros(len(text), 1, text.shape[2], 1)
+        infused = [text.new_zeros(len(text), n_layers, *text.shape[1:]) for _ in range(2)]
+        masks, ordered = text.new_zeros(len(text), 1, text.shape[1], 1), text.clone()
         of_concepts = [row for row, number in enumerate(numbers) if number]
         needed = [(self.prompts[numbers[row]], timesteps[row]) for row in of_concepts]
         for row, (prompt, timestep), found in zip(of_concepts, needed, self.text.concept_rows(needed), strict=True):
             if self.timesteps is not None and not self.timesteps[0] <= timestep <= self.timesteps[1]:
                 weights[row] = 0
-            keys, values, mask = _infused(prompt, found, text[row, 0])
+            ordered[row] = text[row][prompt.order]
+            keys, values, mask = _infused(prompt, found, ordered[row])
             infused[0][row], infused[1][row] = keys, values
             masks[row, 0] = mask
+        # where nothing is infused, the base reads P_0 as it stands
+        text = torch.where(weights > 0, ordered[:, None], text[:, None])
         return self._joined(text, infused, weights * masks)
 
     def _joined(self, text: Tensor, infused: list[Tensor] | None, weights: Tensor | None) -> Tensor:
@@ -714,6 +755,15 @@ def _check_settings(
         raise ValueError(f"strength: expected between 0 and 1, got {strength}.")
     if timesteps is not None and not timesteps[0] <= timesteps[1]:
         raise ValueError(f"timesteps: expected the lowest and the highest, got {timesteps}.")
+
+
+def _check_nouns(concepts: Sequence[Concept]) -> None:
+    alone = next((concept.phrase for concept in concepts if not concept.noun), None)
+    if alone is not None:
+        raise ValueError(
+            f"{alone!r} has no noun, so the base has no rows for its place: take infuse both and strength 0 or 1, or "
+            "make the noun a part of the concept, as in Concept('<t> cat', 'cat')."
+        )
 
 
 def _check_concepts(pipe: Any, concepts: Sequence[Concept], source: str, truncation: int | None) -> None:
@@ -756,15 +806,12 @@ def _check_family(pipe: Any) -> None:
     _refuse_merged(pipe)
 
 
-def _refuse_merged(pipe: Any) -> None:
+def _refuse_merged(pipe: Any, kind: type[Exception] = ValueError) -> None:
     merged = set(getattr(pipe, "_merged_adapters", None) or ())
     for layer in (layer for encoder in _text_encoders(pipe) for layer in _adapters(encoder)):
         merged |= set(layer.merged_adapters)
     if merged:
-        raise ValueError(
-            f"The LoRA {sorted(merged)} was merged into the weights, so the base's are gone. Call "
-            "pipe.unfuse_lora() first, or load it without merging."
-        )
+        raise kind(_MERGED.format(sorted(merged)))
 
 
 def _check_customised(
@@ -825,6 +872,7 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
             "cannot carry that. Name it in base_adapters if it belongs to the base, as a style does, or switch it off: "
             "pipe.transformer.disable_lora()."
         )
+    _check_encoders(pipe, other)
     segments = _segments(other, 1)
     encoders = [[encoder for segment in segments for encoder in segment.encoders(one)] for one in (own, other)]
     if all(a is b for a, b in zip(*encoders, strict=True)):
@@ -834,27 +882,87 @@ def _check_input(pipe: Any, own: Any, other: Any, concepts: Sequence[Concept], b
         _check_customised(concepts, encoders[0], tokenizers, base_adapters, where, "a LoRA of them")
 
 
-def _check_network(pipe: Any, kind: type[Exception] = ValueError) -> None:
-    if torch.compiler.is_compiling():
+def _check_encoders(pipe: Any, base: Any) -> None:
+    """ValueError for text encoders whose rows the network could not read as they come; a concept's rows are cast."""
+    for name in _TEXT_ENCODERS:
+        if getattr(pipe, name, None) is not None and getattr(base, name, None) is not None:
+            _check_place(pipe, name, getattr(pipe, name), getattr(base, name))
+
+
+def _check_place(pipe: Any, name: str, ours: nn.Module, theirs: nn.Module) -> None:
+    """ValueError where a module of the second pipeline is on another device, or in another precision."""
+    # a hook of its own brings a module to the device, or casts it; that of a whole U-Net is passed by
+    hooked = any(hasattr(m, hook) for m in theirs.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+    if ours is theirs or hooked:
         return
-    for name, module in pipe.unet.named_modules():
-        if not (isinstance(module, attention_processor.Attention) and module.is_cross_attention):
+    device = pipe._execution_device  # not where the module is, which may be offloaded
+    own, found = (next((p.dtype for p in m.parameters() if p.is_floating_point()), None) for m in (ours, theirs))
+    place = next(theirs.parameters()).device
+    if (place.type, place.index or 0) != (device.type, device.index or 0) or (own and found and own != found):
+        raise ValueError(
+            f"The second pipeline's {name} is in {found} on {place}, expected {own} on {device}, where the one that "
+            f"runs works. Bring it there by .to({str(device)!r}, {own}); a whole model that is offloaded "
+            "(enable_model_cpu_offload) stays behind: leave the second pipeline on the device."
+        )
+
+
+def _watch_network(unet: nn.Module) -> Callable[[], None]:
+    """Checks the network; what is returned raises RuntimeError for what came up since, and is cheap."""
+    _check_network(unet)
+    reading = [module for module in unet.modules() if _reads_text(module)]
+    attributes = [vars(module) for module in unet.modules()]
+    attached = text_parts(reading)
+
+    def state() -> list:
+        """What differs when a processor was exchanged, or a cache of anybody's put in or taken out."""
+        return [module.processor for module in reading] + [own.get("forward") for own in attributes]
+
+    seen = state()
+
+    def check() -> None:
+        nonlocal seen
+        if torch.compiler.is_compiling():
+            return
+        now = state()
+        if now != seen:  # else the whole network would be walked at every step
+            _check_network(unet, RuntimeError)
+            seen = now
+        parts = text_parts(reading)
+        if parts != attached:
+            raise RuntimeError(
+                "The attention modules were exchanged inside AlignIT's `with` block. Load and unload adapters before "
+                "it."
+            )
+        merged = [name for part in parts for name in getattr(part, "merged_adapters", ())]
+        if merged:
+            raise RuntimeError(_MERGED.format(sorted(set(merged))))
+
+    return check
+
+
+def _check_network(unet: nn.Module, kind: type[Exception] = ValueError) -> None:
+    for name, module in unet.named_modules():
+        if not _reads_text(module):
             continue
         own = type(module.processor)
         if own.__module__ != attention_processor.__name__ or own.__name__ not in PROCESSORS:
             raise kind(
                 f"{name} has the attention processor {own.__name__}, which may read text in its own way: "
-                "call pipe.unet.set_default_attn_processor() first."
+                "call pipe.unet.set_attn_processor(AttnProcessor2_0()) first, of diffusers."
             )
-    found = find_cache(pipe.unet, ATTENTION_CACHES + BLOCK_CACHES)
+    found = find_cache(unet, ATTENTION_CACHES + BLOCK_CACHES)
     if found:
         raise kind(f"{found[0]} has the cache {found[1]}, which reuses what earlier steps computed: disable it.")
-    for name, module in pipe.unet.named_modules():
+    for name, module in unet.named_modules():
         if name and _has_foreign_forward(module):
             raise kind(
                 f"{name} has another forward than its class, as step caches like DeepCache put there, which reuse what "
                 "earlier steps computed: disable it."
             )
+
+
+def _reads_text(module: nn.Module) -> bool:
+    return isinstance(module, attention_processor.Attention) and module.is_cross_attention
 
 
 def _has_foreign_forward(module: nn.Module) -> bool:
@@ -865,8 +973,7 @@ def _has_foreign_forward(module: nn.Module) -> bool:
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
+    return [encoder for name in _TEXT_ENCODERS if (encoder := getattr(pipe, name, None)) is not None]
 
 
 def _adapters(module: nn.Module) -> list[nn.Module]:

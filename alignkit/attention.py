@@ -112,11 +112,11 @@ def context_bank(
     projections = _projections(inner)
     width = projections[0][0].in_features
     reading = [module for module in inner.modules() if _reads_text(module)]
-    attached = _parts(reading)
+    attached = text_parts(reading)
 
     def fill(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Replaces encoder_hidden_states [B, S, D] by the bank [B, L, S', 2 D]."""
-        if not torch.compiler.is_compiling() and _parts(reading) != attached:
+        if not torch.compiler.is_compiling() and text_parts(reading) != attached:
             raise RuntimeError(
                 "The attention modules were exchanged while a context bank was attached. Load and unload adapters "
                 "before attaching it."
@@ -186,7 +186,7 @@ def _projections(denoiser: nn.Module) -> list[tuple[nn.Module, Callable]]:
     return found
 
 
-def _parts(attentions: Sequence[Attention]) -> list:
+def text_parts(attentions: Sequence[Attention]) -> list:
     """What an adapter, fusing, or Custom Diffusion's processors would exchange; a module is equal to itself alone."""
     own = [getattr(a.processor, f"{name}_custom_diffusion", None) for a in attentions for name in ("to_k", "to_v")]
     return own + [part for a in attentions for part in (a.to_k, a.to_v, a.fused_projections)]

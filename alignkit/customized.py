@@ -11,6 +11,7 @@
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -86,7 +87,7 @@ def load_custom_diffusion(pipe_or_unet: Any, path: str | Path) -> None:
     """Puts Custom Diffusion's W_k and W_v beside the U-Net's own, as diffusers does, in its dtype and on its device.
 
     `path` is the safetensors file or its folder; files without the empty entries are read too. ValueError when it is
-    damaged, a pickle, or does not fit this U-Net: the U-Net is untouched then.
+    damaged, a pickle, or does not fit this U-Net, or when the U-Net has such weights already: it is untouched then.
     """
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 
@@ -95,6 +96,11 @@ def load_custom_diffusion(pipe_or_unet: Any, path: str | Path) -> None:
     path = path / CUSTOM_DIFFUSION_WEIGHTS if path.is_dir() else path
     weights = {key: tensor for key, tensor in load_tensors(path).items() if tensor.numel()}
     layers, processors = cross_attention(unet), dict(unet.attn_processors)
+    if any(hasattr(layer.processor, "to_k_custom_diffusion") for layer in layers.values()):
+        raise ValueError(
+            f"This U-Net has Custom Diffusion's weights already, which those of {path} would replace: call "
+            "unet.set_attn_processor(AttnProcessor2_0()) first, of diffusers, or load them into another pipeline."
+        )
     for name, layer in layers.items():
         found = {
             part: weights.pop(f"{name}.processor.{part}_custom_diffusion.weight", None) for part in ("to_k", "to_v")
@@ -132,8 +138,12 @@ def save_concept(folder: str | Path, **fields: Any) -> None:
 
 
 def read_concept(folder: str | Path) -> dict[str, Any]:
-    """concept.json. ValueError when it is missing or damaged."""
-    return load_json(Path(folder) / CONCEPT)
+    """concept.json. ValueError when it is missing or damaged, or does not say all that `load` asks."""
+    said = load_json(Path(folder) / CONCEPT)
+    missing = [name for name in ("phrase", "class_noun", "base_model", "base_fingerprint") if name not in said]
+    if missing:
+        raise ValueError(f"{Path(folder) / CONCEPT} lacks {', '.join(missing)}: write it by `save_concept`.")
+    return said
 
 
 # What people have
@@ -163,16 +173,19 @@ def load(
     phrase: str | None = None,
     class_noun: str | None = None,
     dummy: str | None = None,
+    adapter_name: str = "default",
 ) -> Customized:
     """What was trained, loaded into a stock pipeline of its base.
 
     `path`: a folder of `training/customize.py` or `training/neti.py` (which say what the concept is called); a file of
-    Textual Inversion; a LoRA of diffusers, peft or kohya; Custom Diffusion's weights, with learned_embeds.safetensors
-    beside them or not; a folder with the unet/ (and text encoders) of DreamBooth. Of others' files, `phrase` and
-    `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was trained in; what the folder says,
-    else "a photo of {}". The pipeline is changed; DreamBooth gets one of its own.
+    Textual Inversion; a LoRA of diffusers, peft or kohya, or Custom Diffusion's weights, with
+    learned_embeds.safetensors beside them or not; a folder with the unet/ (and text encoders) of DreamBooth. Of
+    others' files, `phrase` and `class_noun` say what prompts call it. `dummy`: AlignIT's, a text the concept was
+    trained in; what the folder says, else "a photo of {}". `adapter_name`: of a LoRA. The pipeline is changed;
+    DreamBooth gets one of its own.
 
-    Raises ValueError for a pickle, a damaged file, one that fits another base, or a missing name.
+    Raises ValueError for a pickle, a damaged file, one that fits another base, a missing name, or a customiser of the
+    same kind that the pipeline has already.
     """
     path = Path(resolve(path))
     if not path.exists():
@@ -204,14 +217,19 @@ def load(
     keys = load_tensors(file).keys()
     if any("_custom_diffusion" in key for key in keys):
         load_custom_diffusion(pipe, file)
-        if (file.parent / EMBEDDINGS).is_file():
-            pipe.load_textual_inversion(str(file.parent), weight_name=EMBEDDINGS)
     elif any("lora" in key for key in keys):
-        load_lora_file(pipe, file)
+        if any(adapter_name in getattr(part, "peft_config", {}) for part in pipe.components.values()):
+            raise ValueError(
+                f"adapter {adapter_name!r} is already loaded: call pipe.unload_lora_weights() first, or choose another "
+                "adapter_name."
+            )
+        load_lora_file(pipe, file, adapter_name)
     else:
         learned = concepts.load(file, super_category_token=class_noun, placeholder_token=phrase).concepts[0]
         learned.check(pipe)
         return Customized(pipe, replace(concept, learned=learned))
+    if (file.parent / EMBEDDINGS).is_file():  # a token that was learnt with the weights
+        pipe.load_textual_inversion(str(file.parent), weight_name=EMBEDDINGS)
     return Customized(pipe, concept)
 
 
@@ -274,5 +292,8 @@ def _dreambooth(pipe: Any, path: Path) -> Any:
             dtype, device = parts[name].dtype, parts[name].device
             own = read_pretrained(type(parts[name]), path, subfolder=name, dtype=dtype)
             parts[name] = own.to(device).eval().requires_grad_(False)
-    settings = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    known = inspect.signature(type(pipe).__init__).parameters
+    settings = {name: value for name, value in pipe.config.items() if name in known and name not in parts}
+    if "add_watermarker" in known:  # which no config tells
+        settings["add_watermarker"] = pipe.watermark is not None
     return type(pipe)(**parts, **settings)

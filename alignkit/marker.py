@@ -18,8 +18,9 @@ BASE = 256  # digits of a number that bfloat16 holds exactly
 
 
 def marked(prompt_embeds: Tensor, numbers: Sequence[int]) -> Tensor:
-    """[B, S, D] and B numbers, or one for all (0 is plain text) -> [B, S + 1, D]."""
-    number = torch.tensor(numbers, device=prompt_embeds.device).expand(len(prompt_embeds))
+    """[B, S, D] and a number for every B / n of the rows (0 is plain text) -> [B, S + 1, D]."""
+    images = len(prompt_embeds) // len(numbers)
+    number = torch.tensor(numbers, device=prompt_embeds.device).repeat_interleave(images)
     row = torch.zeros_like(prompt_embeds[:, :1])
     row[:, 0, 0], row[:, 0, 1] = (number % BASE).to(row.dtype), (number // BASE).to(row.dtype)
     return torch.cat([prompt_embeds, row], dim=1)
@@ -34,6 +35,18 @@ def unmarked(prompt_embeds: Tensor) -> tuple[Tensor, list[int]]:
     """[B, S + 1, D] -> [B, S, D] and the numbers."""
     low, high = prompt_embeds[:, -1, :2].float().unbind(-1)
     return prompt_embeds[:, :-1], (low + BASE * high).round().long().tolist()
+
+
+def take_numbers(given: dict[str, Any], name: str, window: int) -> list[int] | None:
+    """Takes them off embeddings among the arguments of `encode_prompt`; None when there are no such.
+
+    A pipeline gives the other side as many rows as it finds there: one more than its text encoder has positions.
+    """
+    embeds = given.get(name)
+    if embeds is None or not is_marked(embeds, window):
+        return None
+    given[name], numbers = unmarked(embeds)
+    return numbers
 
 
 @contextmanager

@@ -321,18 +321,24 @@ def test_weights_stay(case):
 # Identities
 
 
-def test_strength_zero_is_the_base_text(case):
-    """F 22: in the concept's places stand the noun's own rows, its last one again where the concept has more."""
-    with case.aligned(strength=0.0), recorded(case.pipe.unet) as ours:
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"timesteps": (0, 0)}], ids=str)
+def test_where_nothing_is_infused_it_is_the_base(case, settings):
+    """F 22: with other numbers of tokens, too."""
+    with case.aligned(**settings), recorded(case.pipe.unet) as ours:
         draw(case.pipe, prompt_of(case))
     with recorded(case.base.unet) as base:
         draw(case.base, PLAIN)
+    assert all(torch.equal(got, base[name]) for name, got in ours.items())
+
+
+def with_the_nouns_rows(case: Case) -> dict[str, Tensor]:
+    """Keys and values of the base for P_0; in the concept's places the noun's, the last again where it has more."""
+    with recorded(case.base.unet) as base:
+        draw(case.base, PLAIN)
     noun, concept = rows_of(case.base, PLAIN, "dog"), concept_rows(case, case.concept.dummy.format(case.concept.phrase))
-    count = concept.stop - concept.start
-    order = [min(noun.start + i, noun.stop - 1) for i in range(count)]
-    for name, got in ours.items():
-        assert torch.equal(got[1, noun.start : noun.start + count], base[name][1, order])
-        assert torch.equal(got[1, : noun.start], base[name][1, : noun.start])
+    own = [min(noun.start + i, noun.stop - 1) for i in range(concept.stop - concept.start)]
+    order = [*range(noun.start), *own, *range(noun.stop, 40)] + [39] * 40
+    return {name: torch.stack([rows[0], rows[1, order[:40]]]) for name, rows in base.items()}
 
 
 def test_concept_of_the_base_is_the_base(tiny_model, dtype):
@@ -403,9 +409,9 @@ def test_source_prompt_reads_the_words_before(inversion):
 
 @pytest.mark.parametrize("infuse", ["keys", "values"])
 def test_keys_or_values_alone(case, infuse):
-    """F 22: the other side is that of strength 0, the same side that of both."""
-    records = {}
-    for name, settings in {"both": {}, "none": {"strength": 0.0}, "one": {"infuse": infuse}}.items():
+    """F 22: the other side is the base's, which numbers its rows as this one, and this one that of both."""
+    records = {"none": with_the_nouns_rows(case)}
+    for name, settings in {"both": {}, "one": {"infuse": infuse}}.items():
         with case.aligned(**settings), recorded(case.pipe.unet) as records[name]:
             draw(case.pipe, prompt_of(case))
     for name, got in records["one"].items():
@@ -442,8 +448,8 @@ def test_window_of_timesteps(lora):
 
 
 def test_strength_is_linear(case):
-    records = []
-    for strength in (0.0, 0.5, 1.0):
+    records = [with_the_nouns_rows(case)]
+    for strength in (0.5, 1.0):
         with case.aligned(strength=strength), recorded(case.pipe.unet) as record:
             draw(case.pipe, prompt_of(case))
         records.append(record)
@@ -513,6 +519,9 @@ def test_embeddings_brought_along(lora):
         made = draw(lora.pipe, prompt_of(lora))
         embeds, negative = lora.pipe.encode_prompt(prompt_of(lora), "cpu", 1, True)
         assert torch.equal(draw_embeds(lora.pipe, embeds, negative), made)
+        generator = torch.Generator().manual_seed(0)
+        alone = lora.pipe(prompt_embeds=embeds, generator=generator, **STEPS).images
+        assert torch.equal(alone, made)
         plain, empty = lora.base.encode_prompt(PLAIN, "cpu", 1, True)
         with recorded(lora.pipe.unet) as ours:
             draw_embeds(lora.pipe, plain, empty)
@@ -539,6 +548,26 @@ def test_a_token_beside_its_noun(inversion):
     base = inversion.base.encode_prompt("a dog", "cpu", 1, False)[0][0]
     behind = rows_of(inversion.base, "a dog", "dog").stop
     assert torch.equal(last, torch.cat([base[:behind], dummy[own : own + 1], base[behind:-1]]))
+    for settings in ({"strength": 0.5}, {"infuse": "keys"}):
+        with pytest.raises(ValueError, match="'<t>' has no noun"), alignit(inversion.pipe, [alone], **settings):
+            pass
+
+
+def test_beside_a_token_of_several_vectors(inversion):
+    """Which encode_prompt writes out: all rows behind it stand elsewhere."""
+    case, vectors = inversion, torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    for pipe in (case.pipe, case.base, case.custom):
+        pipe.load_textual_inversion({"<s>": vectors})
+    base = case.base.encode_prompt("a <s> and a dog and a hat", "cpu", 1, False)[0][0]
+    dummy = case.custom.encode_prompt("one <t> here", "cpu", 1, False)[0][0]
+    own = concept_rows(case, "one <t> here").start
+    row = rows_of(case.base, "a <s> and a dog and a hat", "dog").start
+    expected = torch.cat([base[:row], dummy[own : own + 1], base[row + 3 :], base[-1:].expand(2, -1)])
+    with case.aligned():
+        embeds = case.pipe.encode_prompt("a <s> and a <t> and a hat", "cpu", 1, True, "a <s> and a <t> and a hat")
+        assert torch.equal(embeds[0][0], expected) and torch.equal(embeds[1][0], expected)
+        with pytest.raises(ValueError, match="Prompt too long"):
+            case.pipe.encode_prompt("very " * 7 + "<s> and red <t>", "cpu", 1, False)
 
 
 def test_a_name_with_something_behind_it(inversion):
@@ -551,6 +580,17 @@ def test_a_name_with_something_behind_it(inversion):
     dummy = inversion.custom.encode_prompt("one <t> here", "cpu", 1, False)[0][0]
     own = concept_rows(inversion, "one <t> here").start
     assert torch.equal(embeds[1], dummy[own]) and torch.equal(embeds[2:-2], base[4:])
+
+
+def test_weights_of_adapters_that_change_inside(tiny_model, tmp_path):
+    """The rows of a LoRA of the text encoder are those of its weight now."""
+    case, images = make("text_lora", tiny_model, tmp_path), []
+    for weights in ((1.0, 0.1), (0.1,)):
+        with case.aligned():
+            for weight in weights:
+                case.pipe.set_adapters("default", weight)
+                images.append(draw(case.pipe, prompt_of(case)))
+    assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
 
 
 def test_two_concepts_in_one_prompt(tiny_model):
@@ -623,8 +663,7 @@ def test_controlnet_reads_the_base(lora):
         plain(PLAIN, control, **STEPS)
     with alignit(pipe, [lora.concept]), recorded(controlnet) as ours:
         pipe(prompt_of(lora), control, **STEPS)
-    noun = rows_of(lora.base, PLAIN, "dog")
-    assert all(torch.equal(ours[name][1, : noun.stop], base[name][1, : noun.stop]) for name in base)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
 
 
 def test_values_of_other_words(tiny_model):
@@ -788,6 +827,37 @@ def test_fusion_and_step_cache_inside(lora, inversion):
         broadcast(lora.pipe.unet)
         with pytest.raises(RuntimeError, match="reuses what earlier steps computed"):
             draw(lora.pipe, prompt_of(lora))
+
+
+def test_a_lora_that_is_merged_or_loaded_inside(lora, inversion, tiny_model, tmp_path):
+    """Through the network or the pipeline, whether or not the network is attached to."""
+    text_lora = make("text_lora", tiny_model, tmp_path)
+    with lora.aligned():
+        draw(lora.pipe, prompt_of(lora))
+        lora.pipe.unet.fuse_lora()
+        with pytest.raises(RuntimeError, match=r"The LoRA \['default'\] was merged"):
+            draw(lora.pipe, prompt_of(lora))
+    with text_lora.aligned():
+        text_lora.pipe.fuse_lora(["text_encoder"])
+        with pytest.raises(RuntimeError, match=r"The LoRA \['default'\] was merged"):
+            draw(text_lora.pipe, prompt_of(text_lora))
+    with inversion.aligned():
+        inversion.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
+        with pytest.raises(RuntimeError, match="attention modules were exchanged"):
+            draw(inversion.pipe, prompt_of(inversion))
+
+
+def test_a_step_does_not_walk_the_network(lora, monkeypatch):
+    """But after a change in it, once."""
+    with lora.aligned():
+        draw(lora.pipe, prompt_of(lora))
+        walks = []
+        monkeypatch.setattr(alignit_module, "_check_network", lambda *args: walks.append(args))
+        draw(lora.pipe, prompt_of(lora))
+        assert not walks
+        lora.pipe.unet.set_attn_processor(attention_processor.AttnProcessor())
+        draw(lora.pipe, prompt_of(lora))
+        assert len(walks) == 1
 
 
 def broadcast(unet: nn.Module) -> None:
@@ -1019,6 +1089,36 @@ def test_negative_prompts_of_joint_attention(joint):
     assert latents.isfinite().all()
 
 
+def test_a_second_pipeline_elsewhere(lora, tiny_model, tmp_path):
+    """In another precision, or on another device: torch would say so from within the U-Net."""
+    graft, half = make("graft", tiny_model, tmp_path), new_pipe(tiny_model, torch.bfloat16)
+    for part in ("unet", "text_encoder"):
+        other = new_pipe(tiny_model, torch.float32)
+        setattr(other, part, getattr(half, part))
+        for side in ("base", "custom") if part == "unet" else ("base",):
+            with pytest.raises(ValueError, match=rf"{part} is in torch.bfloat16 on cpu, expected torch.float32 on cpu"):
+                alignit(lora.pipe, [lora.concept], **{side: other}).__enter__()
+    lora.base.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="style")
+    lora.base.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="other")
+    lora.base.unet.set_adapter(["style", "other"])
+    with alignit(lora.pipe, [lora.concept], base=lora.base, base_adapters=["style"]):
+        draw(lora.pipe, prompt_of(lora))
+    graft.custom.unet.to("meta")
+    with pytest.raises(ValueError, match="on meta, expected torch.float32 on cpu"), graft.aligned():
+        pass
+
+
+def test_scale_of_a_lora_that_is_grafted(lora):
+    """It reaches the LoRAs of the pipeline that runs alone."""
+    scaled = {"cross_attention_kwargs": {"scale": 0.5}}
+    with alignit(lora.base, [lora.concept], custom=lora.custom):
+        draw(lora.base, prompt_of(lora), cross_attention_kwargs={"scale": 1.0})
+        with pytest.raises(ValueError, match="scale 0.5 of cross_attention_kwargs does not reach the LoRA 'default'"):
+            draw(lora.base, prompt_of(lora), **scaled)
+    with lora.aligned():
+        draw(lora.pipe, prompt_of(lora), **scaled)
+
+
 def test_joint_attention():
     class Joint:
         transformer = nn.Linear(1, 1)
@@ -1047,6 +1147,13 @@ def test_another_base(lora):
 )
 def test_wrong_settings(lora, settings, message):
     with pytest.raises(ValueError, match=message), lora.aligned(**settings):
+        pass
+
+
+def test_a_lora_that_is_switched_off(lora):
+    """Nothing is customised then."""
+    lora.pipe.unet.disable_adapters()
+    with pytest.raises(ValueError, match="Nothing in this pipeline is customised for '<t> dog'"), lora.aligned():
         pass
 
 

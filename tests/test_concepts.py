@@ -317,6 +317,9 @@ def test_guidance_negative_prompts_and_repetitions(base, concept):
         given = pipe(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **call).images
         direct = pipe("a <thing>", negative_prompt="bad <thing>", num_images_per_prompt=2, **call).images
         assert torch.equal(given, direct)
+        embeds = pipe.encode_prompt("a <thing>", "cpu", 1, True)
+        given = pipe(prompt_embeds=embeds[0], num_images_per_prompt=2, **call).images
+        assert torch.equal(given, pipe("a <thing>", num_images_per_prompt=2, **call).images)
         plain = base.encode_prompt(["b"])
         mixed = pipe("a <thing>", negative_prompt_embeds=plain, **{**call, "latents": noise(1)}).images
         assert torch.equal(mixed, pipe("a <thing>", negative_prompt="b", **{**call, "latents": noise(1)}).images)

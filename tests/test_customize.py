@@ -6,11 +6,15 @@ import sys
 import types
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.utils import convert_state_dict_to_diffusers
 from PIL import Image
 
+from alignkit.artifacts import save_lora
 from alignkit.base import load_base
 from alignkit.config import LoraConfig
 from alignkit.customized import (
@@ -21,12 +25,14 @@ from alignkit.customized import (
     load,
     load_custom_diffusion,
     read_concept,
+    save_concept,
     save_custom_diffusion,
+    save_embeddings,
 )
 from alignkit.run import Run
 from tests.runs import assert_close, assert_same, scalars, tensors_of
 from tests.test_families import thin
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_sdxl
 from tests.torchrun import train_on_two_ranks
 from training import customize
 from training.customize import Config, train
@@ -267,6 +273,31 @@ def test_class_images_of_other_settings_are_drawn_anew(config, monkeypatch):
         (folder / "README.md").unlink()  # or it would have finished
 
 
+def test_class_images_go_on_where_a_run_was_stopped(config, monkeypatch):
+    """By batches; one that was cut is drawn again, and all images are those of a run that nobody stopped."""
+    fields = {"num_class_images": 5, "sample_batch_size": 2, "max_train_steps": 1}
+    whole = train(config("whole", **fields)) / "class_images"
+    sample, seeds = customize.sample, []
+
+    def stopped(*args):
+        seeds.extend(args[4:])
+        if seeds == [0, 2, 4]:
+            (Path(config("part").output_dir) / "class_images.partial" / "0003.png").unlink()  # as if it had come later
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(customize, "sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(config("part", **fields))
+    assert not (Path(config("part").output_dir) / "class_images").exists()
+    part = train(config("part", **fields)) / "class_images"
+    assert seeds == [0, 2, 4, 2, 4]
+    files = sorted(file.name for file in whole.glob("*.png"))
+    assert files == sorted(file.name for file in part.glob("*.png")) == [f"{i:04d}.png" for i in range(5)]
+    assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in files)
+    assert not (part.parent / "class_images.partial").exists()
+
+
 def test_images_of_the_class_that_are_not_finite_stop_the_run(config, monkeypatch):
     """Before they are saved: 8 bits would make them black."""
 
@@ -362,6 +393,57 @@ def test_wrong_data(config, images, tmp_path):
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
         train(config())
     assert not (tmp_path / "run" / "concept.json").exists()
+
+
+def test_what_a_pipeline_has_already_is_not_replaced(tmp_path, tiny_model):
+    """Custom Diffusion's weights, and a LoRA of the text encoder, which another name may stand beside."""
+    names, base = ("<t> dog", "dog"), load_base(tiny_model, random_init=True)
+    pipe, path = base.pipeline(), save_custom_diffusion(tmp_path, base.unet)
+    load(pipe, path, *names)
+    before = pipe.unet.attn_processors
+    with pytest.raises(ValueError, match="has Custom Diffusion's weights already"):
+        load(pipe, path, *names)
+    assert pipe.unet.attn_processors == before
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.text_encoder))
+    pipe.unload_lora_weights()
+    pipe.save_lora_weights(tmp_path / "lora", text_encoder_lora_layers=layers)
+    load(pipe, tmp_path / "lora", *names)
+    with pytest.raises(ValueError, match="adapter 'default' is already loaded"):
+        load(pipe, tmp_path / "lora", *names)
+    load(pipe, tmp_path / "lora", *names, adapter_name="second")
+    assert set(pipe.text_encoder.peft_config) == {"default", "second"}
+
+
+def test_a_lora_and_its_token(tmp_path, tiny_model):
+    """Of pivotal tuning: both files of the folder are read."""
+    base = load_base(tiny_model, random_init=True)
+    pipe = base.pipeline()
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]))
+    save_lora(tmp_path, pipe.unet)
+    row = torch.randn(1, pipe.text_encoder.config.hidden_size)
+    save_embeddings(tmp_path, {"<new>": row})
+    pipe.unload_lora_weights()
+    load(pipe, tmp_path, "<new> dog", "dog")
+    token = pipe.tokenizer.convert_tokens_to_ids("<new>")
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[token], row[0])
+
+
+def test_a_concept_that_says_too_little(tmp_path, tiny_model):
+    save_concept(tmp_path, phrase="<t> dog", base_model="another")
+    with pytest.raises(ValueError, match=r"concept.json lacks class_noun, base_fingerprint"):
+        load(load_base(tiny_model, random_init=True).pipeline(), tmp_path)
+
+
+def test_options_of_a_pipeline_go_along_with_dreambooth(tmp_path, tiny_model):
+    pipe = tiny_sdxl(load_base(tiny_model, random_init=True).pipeline())
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    pipe.watermark = None
+    own = load(pipe, tmp_path, "sks dog", "dog").pipe
+    assert own.unet is not pipe.unet and own.text_encoder is pipe.text_encoder
+    assert own.config.force_zeros_for_empty_prompt is False and own.watermark is None
 
 
 def test_custom_diffusion_of_another_base_is_refused(tmp_path, tiny_model):

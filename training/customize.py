@@ -23,6 +23,7 @@ Where the authors' codes differ, this follows the papers:
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -267,9 +268,12 @@ class Examples:
 def encode(base: Base, images: Tensor) -> Tensor:
     """[N, 3, H, W] -> [2, N, C, h, w], on the device: mirrored latents are not the latents of mirrored images."""
     with torch.no_grad():
-        views = [images, images.flip(-1)]
         device = base.vae.device
-        return torch.stack([torch.cat([base.encode(i.to(device)).float() for i in v.split(1)]) for v in views])
+        views = [[], []]
+        for image in images.split(1):  # one at a time: hundreds of images of SDXL's size are gigabytes
+            for latents, view in zip(views, (image, image.flip(-1)), strict=True):
+                latents.append(base.encode(view.to(device)).float())
+        return torch.stack([torch.cat(latents) for latents in views])
 
 
 def denoising_loss(
@@ -306,26 +310,39 @@ def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
     """The user's, or the base's own, drawn once for these settings; [N, 3, H, W]."""
     if cfg.class_data_dir:
         return read_images(cfg.class_data_dir, side)
-    number = min(2, cfg.num_class_images) if cfg.dry_run else cfg.num_class_images
-    folder = run.output_dir / "class_images"
-    config = to_dict(cfg)
-    settings = {name: config[name] for name in CLASS_IMAGES_DEPEND_ON}
-    drawn_by = folder / "settings.json"
-    if run.is_main and not cfg.dry_run and drawn_by.is_file() and load_json(drawn_by) != settings:
-        remove(folder)  # of a run that ended before its first checkpoint, which would have refused this one
-    if cfg.dry_run or (run.is_main and not folder.is_dir()):
-        prompts = [cfg.templates[i % len(cfg.templates)].format(cfg.class_noun) for i in range(number)]
-        negative = base.condition([""], side, side, negative=True)
-        images = sample(cfg, base, base.condition(prompts, side, side), negative)
-        if cfg.dry_run:
-            return images
-        with atomic(folder) as temporary:
-            temporary.mkdir(parents=True)
-            for i, picture in enumerate(numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())):
-                picture.save(temporary / f"{i:04d}.png")
-            save_json(settings, temporary / drawn_by.name)
+    if cfg.dry_run:
+        return torch.cat([images for _, images in drawn_of_class(cfg, base, side, min(2, cfg.num_class_images))])
+    folder, partial = run.output_dir / "class_images", run.output_dir / "class_images.partial"
+    if run.is_main:
+        config = to_dict(cfg)
+        settings = {name: config[name] for name in CLASS_IMAGES_DEPEND_ON}
+        for left in (folder, partial):
+            drawn_by = left / "settings.json"
+            if drawn_by.is_file() and load_json(drawn_by) != settings:
+                remove(left)  # of a run that ended before its first checkpoint, which would have refused this one
+        if not folder.is_dir():
+            partial.mkdir(parents=True, exist_ok=True)
+            save_json(settings, partial / "settings.json")
+            files = [partial / f"{i:04d}.png" for i in range(cfg.num_class_images)]
+            done = next((i for i, file in enumerate(files) if not file.is_file()), len(files))
+            for start, images in drawn_of_class(cfg, base, side, cfg.num_class_images, done):
+                for file, picture in zip(files[start:], numpy_to_pil(images.permute(0, 2, 3, 1).numpy()), strict=False):
+                    with atomic(file) as temporary:
+                        picture.save(temporary, format="PNG")
+            partial.rename(folder)
     run.accelerator.wait_for_everyone()
     return read_images(folder, side)
+
+
+def drawn_of_class(
+    cfg: Config, base: Base, side: int, number: int, done: int = 0
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """(number of the first, images [n, 3, H, W]) by batches of `sample_batch_size`, from the one that `done` cut."""
+    negative = base.condition([""], side, side, negative=True)
+    for start in range(done // cfg.sample_batch_size * cfg.sample_batch_size, number, cfg.sample_batch_size):
+        numbers = range(start, min(start + cfg.sample_batch_size, number))
+        prompts = [cfg.templates[i % len(cfg.templates)].format(cfg.class_noun) for i in numbers]
+        yield start, sample(cfg, base, base.condition(prompts, side, side), negative, start)
 
 
 def validation_prompts(cfg: Config, phrase: str) -> list[str]:
@@ -341,8 +358,8 @@ def draw(cfg: Config, base: Base, text: Text, phrase: str) -> Tensor:
 
 
 @torch.no_grad()
-def sample(cfg: Config, base: Base, condition: Condition, negative: Condition) -> Tensor:
-    """An image per row of the condition from the stock pipeline, image i with seed i.
+def sample(cfg: Config, base: Base, condition: Condition, negative: Condition, first_seed: int = 0) -> Tensor:
+    """An image per row of the condition from the stock pipeline, image i with seed first_seed + i, on the CPU.
 
     Raises FloatingPointError where one is not finite: saved, it would be black, and be learnt as what the class is.
     """
@@ -365,9 +382,9 @@ def sample(cfg: Config, base: Base, condition: Condition, negative: Condition) -
                 width=side,
                 num_inference_steps=cfg.num_inference_steps,
                 guidance_scale=cfg.guidance_scale,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(number)],
+                generator=[torch.Generator().manual_seed(first_seed + start + i) for i in range(number)],
                 output_type="pt",
-            ).images
+            ).images.cpu()
         )
     return require_finite(torch.cat(images), base.unet.dtype).float().clamp(0, 1)
 

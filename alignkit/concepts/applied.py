@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignkit.attention import text_layers
 from alignkit.concepts.text import Tokens, encode_contexts, find, keep_recent, substitute, tokenize, towers
-from alignkit.marker import is_marked, marked, numbered_bank, unmarked
+from alignkit.marker import is_marked, marked, numbered_bank, take_numbers, unmarked
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _encode_prompt(original: Callable, source: _Source) -> Callable:
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        clip_skip, images = given.get("clip_skip") or 0, given.get("num_images_per_prompt", 1)
+        clip_skip = given.get("clip_skip") or 0
 
         def numbers(*names: str) -> list[int]:
             """Of the prompts, one tuple over the text encoders each."""
@@ -162,23 +162,16 @@ def _encode_prompt(original: Callable, source: _Source) -> Callable:
                 given[name] = substitute(text, source.nouns)
             elif text is not None:
                 given[name] = [substitute(t, source.nouns) for t in text]
+        if positive is None:
+            positive = take_numbers(given, "prompt_embeds", source.window) or [0]
+        if negative is None:
+            negative = take_numbers(given, "negative_prompt_embeds", source.window) or [0]
         prompt_embeds, negative_prompt_embeds, *rest = original(*bound.args, **bound.kwargs)
-        return (
-            _numbered(prompt_embeds, positive, images, source.window),
-            _numbered(negative_prompt_embeds, negative, images, source.window),
-            *rest,
-        )
+        return _numbered(prompt_embeds, positive), _numbered(negative_prompt_embeds, negative), *rest
 
     return encode_prompt
 
 
-def _numbered(
-    embeds: Tensor | None, numbers: list[int] | None, num_images_per_prompt: int, window: int
-) -> Tensor | None:
+def _numbered(embeds: Tensor | None, numbers: list[int]) -> Tensor | None:
     """Marks [B, S, D] with the prompts' numbers; embeddings that a user brought are plain unless marked."""
-    if embeds is None or (numbers is None and is_marked(embeds, window)):
-        return embeds
-    numbers = [0] if numbers is None else numbers
-    if len(numbers) > 1:
-        numbers = [n for n in numbers for _ in range(num_images_per_prompt)]
-    return marked(embeds, numbers)
+    return None if embeds is None else marked(embeds, numbers)
