@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -226,18 +227,18 @@ def test_what_decoding_needs_is_computed_twice_instead_of_kept(config, monkeypat
 
 
 def test_blocks_computed_twice_change_nothing(config, monkeypatch):
-    kept = train(config("kept", max_train_steps=2))
-    calls, forward = [], UNetMidBlock2DCrossAttn.forward
+    calls, forward = [], ResnetBlock2D.forward
 
     def counted(block, *args, **options):
-        calls.append(torch.is_grad_enabled())
+        calls.append(block)
         return forward(block, *args, **options)
 
-    monkeypatch.setattr(UNetMidBlock2DCrossAttn, "forward", counted)
-    assert_same(kept, train(config("kept again", max_train_steps=2)))
+    monkeypatch.setattr(ResnetBlock2D, "forward", counted)
+    kept = train(config("kept", max_train_steps=2))
     of_kept = len(calls)
+    calls.clear()
     assert_same(kept, train(config("twice", max_train_steps=2, gradient_checkpointing=True)))
-    assert len(calls) - of_kept >= of_kept  # in the inner recomputation, its parts alone are called again
+    assert len(calls) > of_kept
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config):

@@ -462,9 +462,8 @@ class Loader:
             return Batch(*self.encode(examples), [example.prompt for example in examples])
         new = [row for row in dict.fromkeys(rows) if row not in self.cached]
         for row, example in zip(new, self.pool.map(self.example, new, (torch.Generator() for _ in new)), strict=True):
-            x_0, targets = self.encode(
-                [example]
-            )  # alone: in which company it first comes depends on when a run resumed
+            # alone: in which company a row first comes depends on when the run resumed
+            x_0, targets = self.encode([example])
             self.cached[row] = (x_0[0].cpu(), compact(targets[0].cpu()))
         cached = [self.cached[row] for row in rows]
         x_0, targets = (torch.stack(parts).to(self.run.device) for parts in zip(*cached, strict=True))
