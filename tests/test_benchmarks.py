@@ -216,6 +216,18 @@ def test_alignits_table(tmp_path, monkeypatch):
     ]
 
 
+def test_arms_without_a_customiser_are_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignit_emoji, "ROOT", tmp_path)
+    monkeypatch.setattr("alignkit.emoji.measure.world_hash", lambda: "w")
+    monkeypatch.setattr(alignit_emoji, "base_arms", lambda base, noun, seed: {"base": (noun,)})
+    drawn = []
+    monkeypatch.setattr(alignit_emoji, "figures", lambda *of: drawn.append(of) or {"identity": len(drawn)})
+    for noun, precision in (("lemon", "no"), ("lemon", "no"), ("fruit", "no"), ("lemon", "bf16"), ("lemon", "no")):
+        found = alignit_emoji.base_figures(None, noun, "A", 0, precision)
+        assert found == {"base": {"identity": {("fruit", "no"): 2, ("lemon", "bf16"): 3}.get((noun, precision), 1)}}
+    assert drawn == [("lemon", "A", 0), ("fruit", "A", 0), ("lemon", "A", 0)]
+
+
 def test_netis_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(neti_emoji, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr("alignkit.emoji.measure.world_hash", lambda: "w")

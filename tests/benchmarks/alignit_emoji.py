@@ -13,7 +13,7 @@ object, a background and, in half of them, a count, from three seeds, the same n
 - alignit
 - oracle: the base's U-Net with the concept's keys and values alone (customisers of weights only)
 - control, random rows: random token embeddings in the concept's place
-- control, noun's rows: AlignIT at strength 0
+- control, noun's rows: AlignIT at strength 0, the base's own arm where a customiser changes text alone
 
 "others" is the share of second objects, backgrounds and counts that are right. "identity" is the mean cosine of the
 identity judge with the concept's pictures; since that judge embeds whole pictures, it is taken of four prompts of its
@@ -138,7 +138,7 @@ def draw(pipe, texts: list[str], seed: int) -> torch.Tensor:
     ).images.float().clamp(0, 1)  # fmt: skip
 
 
-def random_rows(base, phrase: str, noun: str, seed: int) -> Concept:
+def random_rows(base, noun: str, seed: int) -> Concept:
     learned = learned_concepts.create("textual_inversion", base, "<random>", noun.split()[-1])
     vectors = learned.module.vectors.data
     drawn = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
@@ -146,54 +146,74 @@ def random_rows(base, phrase: str, noun: str, seed: int) -> Concept:
     return Concept("<random>", noun, learned=learned)
 
 
-def arms(customiser: str, base, customized: Customized, seed: int) -> dict:
-    """Name -> (pipeline, context, the concept's words)."""
+def base_arms(base, noun: str, seed: int) -> dict:
+    """Name -> (pipeline, context, the concept's words) of what no customiser has a part in."""
+    random = random_rows(base, noun, seed)
+    return {
+        "base": (base, nullcontext(), noun),
+        "control, random rows": (base, alignit(base, [random]), random.phrase),
+    }
+
+
+def arms(customiser: str, base, customized: Customized) -> dict:
+    """The same, of one customiser."""
     concept = customized.concept
-    random = random_rows(base, concept.phrase, concept.noun, seed)
     found = {
-        "base": (base, nullcontext(), concept.noun),
         "customised": (customized.pipe, customized.plain(), concept.phrase),
         "alignit": (customized.pipe, customized.aligned(), concept.phrase),
-        "control, random rows": (base, alignit(base, [random]), random.phrase),
-        "control, noun's rows": (customized.pipe, customized.aligned(strength=0.0), concept.phrase),
     }
     if customiser in CHANGES_WEIGHTS:
         found["oracle"] = (base, alignit(base, [concept], custom=customized.pipe), concept.phrase)
+        found["control, noun's rows"] = (customized.pipe, customized.aligned(strength=0.0), concept.phrase)
     return found
 
 
-def run_cell(customiser: str, tier: str, number: int, mixed_precision: str) -> None:
+def figures(pipe, context, words: str, tier: str, number: int) -> dict[str, float]:
+    """An arm's, means over seeds."""
     concept, evaluator = concepts.concepts(tier)[number], Evaluator()
-    dtype = getattr(torch, DTYPES[mixed_precision])
-    base, own = (load_base("emoji", dtype=dtype).pipeline() for _ in range(2))
-    customized = load(own, train(customiser, tier, number, mixed_precision))
-    shown = to_float(concepts.pictures(concept, 5, seed=number))
-    real = evaluator.embed_identity(shown)
+    real = evaluator.embed_identity(to_float(concepts.pictures(concept, 5, seed=number)))
     wanted = asked(concept, number)
-    seconds = [want["second"] for want in wanted]
-    index = torch.tensor([[sprites.by_name(name).index] for name in seconds])
+    index = torch.tensor([[sprites.by_name(want["second"]).index] for want in wanted])
     counts = torch.tensor([float(want["count"]) for want in wanted])
-    cell = key(customiser, tier, number) | {"mixed_precision": mixed_precision, "arms": {}}
-    for arm, (pipe, context, words) in arms(customiser, base, customized, number).items():
-        figures = []
-        with context:
-            for seed in SEEDS:
-                images = draw(pipe, [want["prompt"].format(words) for want in wanted], seed)
-                single = draw(pipe, [prompt.format(words) for prompt in alone(number)], seed)
-                found = evaluator.counts(images).gather(1, index)[:, 0]
-                right = [b == want["background"] for b, want in zip(evaluator.background(images), wanted, strict=True)]
-                several = counts > 1
-                figures.append(
-                    {
-                        "second": float((found > 0.5).float().mean()),
-                        "background": float(np.mean(right)),
-                        "count": float((found[several].round() == counts[several]).float().mean()),
-                        "identity": float((evaluator.embed_identity(single) @ real.T).mean()),
-                    }
-                )
-        mean = {name: round(float(np.mean([f[name] for f in figures])), 4) for name in figures[0]}
-        mean["others"] = round((mean["second"] + mean["background"] + mean["count"]) / 3, 4)
-        cell["arms"][arm] = mean
+    several, rows = counts > 1, []
+    with context:
+        for seed in SEEDS:
+            images = draw(pipe, [want["prompt"].format(words) for want in wanted], seed)
+            single = draw(pipe, [prompt.format(words) for prompt in alone(number)], seed)
+            found = evaluator.counts(images).gather(1, index)[:, 0]
+            right = [b == want["background"] for b, want in zip(evaluator.background(images), wanted, strict=True)]
+            rows.append(
+                {
+                    "second": float((found > 0.5).float().mean()),
+                    "background": float(np.mean(right)),
+                    "count": float((found[several].round() == counts[several]).float().mean()),
+                    "identity": float((evaluator.embed_identity(single) @ real.T).mean()),
+                }
+            )
+    mean = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
+    return mean | {"others": round((mean["second"] + mean["background"] + mean["count"]) / 3, 4)}
+
+
+def base_figures(base, noun: str, tier: str, number: int, mixed_precision: str) -> dict[str, dict]:
+    """Of `base_arms`, drawn once for all customisers that call the concept's class the same."""
+    concept = concepts.concepts(tier)[number]
+    words = f"base {tier} {concept.name} as {noun} {mixed_precision} {measure.world_hash()} {PROMPTS} {ALONE}.json"
+    path = ROOT / "runs" / "benchmarks" / "alignit" / "_".join(words.split())
+    if not path.exists():
+        found = {arm: figures(*how, tier, number) for arm, how in base_arms(base, noun, number).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_cell(customiser: str, tier: str, number: int, mixed_precision: str) -> None:
+    base, own = (load_base("emoji", dtype=getattr(torch, DTYPES[mixed_precision])).pipeline() for _ in range(2))
+    customized = load(own, train(customiser, tier, number, mixed_precision))
+    found = base_figures(base, customized.concept.noun, tier, number, mixed_precision)
+    found |= {arm: figures(*how, tier, number) for arm, how in arms(customiser, base, customized).items()}
+    # at strength 0, where only text differs, the embeddings are the base's, bit for bit (tests/test_alignit.py)
+    found.setdefault("control, noun's rows", found["base"])
+    cell = key(customiser, tier, number) | {"mixed_precision": mixed_precision, "arms": found}
     cell["commit"] = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

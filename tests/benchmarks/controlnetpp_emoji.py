@@ -15,6 +15,7 @@ about two hours for a condition, one and a half more for segmentation's controls
 
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -124,9 +125,12 @@ def run_cell(condition: str, arm: str, seed: int, mixed_precision: str) -> None:
 
     cell = key(condition, arm, seed)
     folder, line = folder_of(cell), command(condition, arm, seed, mixed_precision)
+    first = folder_of(key(condition, FIRST_STAGE, seed))
+    if arm != FIRST_STAGE and not (first / WEIGHTS).is_file():  # scored on another machine: weights are not kept
+        train(command(condition, FIRST_STAGE, seed, mixed_precision))
     steps = int(line[line.index("--max_train_steps") + 1])
     started = time.monotonic()
-    subprocess.run(line, cwd=ROOT, check=True, env=environment())
+    train(line)
     seconds = time.monotonic() - started  # of a run that was stopped half-way, only the rest: look at both arms' alike
     real, scores = controllability(
         [str(folder)],
@@ -144,14 +148,15 @@ def run_cell(condition: str, arm: str, seed: int, mixed_precision: str) -> None:
         "train_seconds": round(seconds),
         "sha256": sha256(folder / WEIGHTS),
     }
+    if arm != FIRST_STAGE:
+        cell["first_stage"] = sha256(first / WEIGHTS)
     with open(RESULTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(cell | {"real": real, "scores": scores}) + "\n")
 
 
-def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT)}  # for the controls, which a config names by tests.benchmarks
+def train(line: list[str]) -> None:
+    # for the controls, which a config names by tests.benchmarks
+    subprocess.run(line, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def commit() -> str:
