@@ -176,6 +176,7 @@ def controllability(
     number: int = 256,
     num_inference_steps: int = 20,
     guidance_scale: float = 5.0,
+    prompt: str | None = None,
     negative_prompt: str = "",
     controlnet_conditioning_scale: float = 1.0,
     seed: int = 0,
@@ -206,6 +207,8 @@ def controllability(
         number: How many images.
         num_inference_steps: DDIM steps; Euler of SD3 and FLUX.
         guidance_scale: Of classifier-free guidance; FLUX reads it.
+        prompt: Draws all images, in place of their own: "" shows what a ControlNet knows of its control by itself. The
+            text-image score stays with their own.
         negative_prompt: What to steer away from.
         controlnet_conditioning_scale: Strength of the ControlNet's residuals.
         seed: Of the noise: image i starts from seed + i.
@@ -252,11 +255,12 @@ def controllability(
         "base": base, "data": data_dir,
         "number": number, "seed": seed, "scheduler": "Euler" if loaded.schedule.is_flow else "DDIM",
         "height": size[0], "width": size[1], "controlnet_conditioning_scale": controlnet_conditioning_scale,
-        "dtype": dtype, **settings,
+        "dtype": dtype, "prompt": prompt, **settings,
     }  # fmt: skip
     if base == "emoji":
         shared["world_hash"] = measure.world_hash()
-    loaded.denoiser(prompts[:1], negative_prompt, guidance_scale, *size)  # refuses settings that this base has not
+    shown = prompts if prompt is None else [prompt] * number
+    loaded.denoiser(shown[:1], negative_prompt, guidance_scale, *size)  # refuses settings that this base has not
     rows = []
     for name in ("real", *controlnet):
         if name == "real":
@@ -268,7 +272,7 @@ def controllability(
                 loaded,
                 load_controlnet(name, loaded.network, loaded.vae_scale_factor),
                 judge.control(targets).float(),
-                prompts,
+                shown,
                 range(seed, seed + number),
                 conditioning_scale=controlnet_conditioning_scale,
                 batch_size=batch_size,

@@ -63,6 +63,29 @@ def test_rows_carry_their_settings(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_images_are_drawn_by_their_own_prompts_or_by_one(prompt, tmp_path, monkeypatch, capsys):
+    """The text-image score is of their own prompts in both cases: that of the real images does not change."""
+    base = load_base("emoji", random_init=True, shrink=8)
+    monkeypatch.setattr("alignkit.base.load_base", lambda name, **options: base)
+    save_controlnet(tmp_path / "controlnet", new_controlnet(base.unet, base.vae_scale_factor))
+    told, scored = [], []
+
+    def draw(base, controlnet, control, prompts, seeds, **settings):
+        told.append(list(prompts))
+        return torch.rand(len(prompts), 3, *control.shape[-2:], generator=torch.Generator().manual_seed(0))
+
+    def score(encoder, images, prompts, features):
+        scored.append(list(prompts))
+        return {"alignment": 0.0}
+
+    monkeypatch.setattr("alignkit.controlnet.draw_controlled", draw)
+    monkeypatch.setattr(evaluate, "image_scores", score)
+    row = evaluate.controllability([str(tmp_path / "controlnet")], "lineart", number=2, prompt=prompt, device="cpu")[1]
+    assert row["prompt"] == prompt and len(set(scored[0])) == 2 and scored[0] == scored[1]
+    assert told == [scored[0] if prompt is None else [prompt] * 2]
+
+
 def trained_on(folder, **condition) -> str:
     """A folder as a training leaves it, as far as the evaluation reads what it was trained on."""
     folder.mkdir()
