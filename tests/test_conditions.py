@@ -215,7 +215,7 @@ def test_colors_differ(number, apart):
     colors = distinct_colors(number)
     assert colors.shape == (number, 3) and torch.equal(colors, (255 * colors).round() / 255)
     distance = torch.pdist(torch.cat([colors, torch.zeros(1, 3)]))
-    assert 0 <= colors.min() and colors.max() <= 1 and distance.min() > apart
+    assert colors.min() >= 0 and colors.max() <= 1 and distance.min() > apart
 
 
 def test_a_palette_of_ones_own(make, tmp_path):
