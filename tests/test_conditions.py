@@ -218,6 +218,13 @@ def test_colors_differ(number, apart):
     assert colors.min() >= 0 and colors.max() <= 1 and distance.min() > apart
 
 
+def test_a_palette_is_read_as_it_was_saved(make, tmp_path):
+    segmentation = make("segmentation")
+    segmentation.save(tmp_path)
+    again = make("segmentation", palette=str(tmp_path / "palette.json"))
+    assert torch.equal(again.palette, segmentation.palette) and segmentation.palette.unique(dim=0).shape[0] > 5
+
+
 def test_a_palette_of_ones_own(make, tmp_path):
     path = tmp_path / "palette.json"
     path.write_text(json.dumps([[i, 0, 255] for i in range(5)]))

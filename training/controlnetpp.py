@@ -596,6 +596,7 @@ def export(
     """The ControlNet, a strip of what it draws, the curves, and a card."""
     folder = run.output_dir
     save_controlnet(folder, controlnet)
+    condition.save(folder)
     shown = slice(0, 8)
     control = validation.controls[shown]
     extracted = condition.control(condition.extract(images[shown])).float()

@@ -1,5 +1,7 @@
 """What a condition is: a control signal that can be read off an image differentiably."""
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image
@@ -55,6 +57,9 @@ class Condition(nn.Module):
                 f"expected gray values of 0 to 255, got up to {float(values.max()):g}: save the map with 8 bits"
             )
         return values / 255
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes beside a ControlNet what its users need, besides a picture, to make controls like these: nothing."""
 
     def metrics(self) -> dict[str, Metric]:
         """What is reported of a set of images: by name, each with update(extracted [B,H,W], targets [B,H,W])."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ class Segmentation(Condition):
                 f"expected classes 0 to {self.num_classes - 1}, or {IGNORE} for unlabelled, got {unknown[:5]}"
             )
         return labels
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes palette.json, the [R, G, B] of every class, as `palette` reads it."""
+        colors = self.palette[:-1].mul(255).round().int().tolist()
+        (Path(folder) / "palette.json").write_text(json.dumps(colors) + "\n", encoding="utf-8")
 
     def metrics(self) -> dict[str, Metric]:
         """Intersections and unions are summed over all images; classes that occur nowhere do not count."""
