@@ -4,7 +4,8 @@
     python training/emoji/examples.py --only depth --only neti
 
 They are loaded by name, as `alignkit generate --lora emoji/examples/aesthetic`. Weights of networks are shipped in
-fp16. A run that was stopped goes on where it was.
+fp16. A run that was stopped goes on where it was. The aesthetic LoRA and the ControlNets are trained in bfloat16, or
+as --mixed_precision says.
 """
 
 import shutil
@@ -23,9 +24,8 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ["--train_data_dir", "configs/customize/emoji_concept", "--placeholder_token", "<cat>"]
 PICTURES += ["--super_category_token", "cat"]
 
-BF16 = ["--mixed_precision", "bf16"]
-FIRST = [*BF16, "--validation_steps", "0", "--reward_weight", "0", "--max_train_steps", "1500"]
-SECOND = [*BF16, "--validation_steps", "0", "--reward_start", "0", "--max_train_steps", "500"]
+FIRST = ["--validation_steps", "0", "--reward_weight", "0", "--max_train_steps", "1500"]
+SECOND = ["--validation_steps", "0", "--reward_start", "0", "--max_train_steps", "500"]
 SECOND += ["--lr_warmup_steps", "0", "--seed", "1000", "--controlnet_model_name_or_path"]
 
 
@@ -37,7 +37,7 @@ def controlnet(condition: str) -> list[tuple[str, list[str]]]:
 
 # name: a (config, overrides) for each run, of which the last is shipped
 EXAMPLES = {
-    "aesthetic": [("alignprop/emoji", BF16)],
+    "aesthetic": [("alignprop/emoji", [])],
     "segmentation": controlnet("segmentation"),
     "depth": controlnet("depth"),
     "neti": [("neti/emoji", PICTURES)],
@@ -46,6 +46,7 @@ EXAMPLES = {
     "lora": [("customize/emoji_lora", [])],
     "custom_diffusion": [("customize/emoji_custom_diffusion", [])],
 }
+MIXED = ("aesthetic", "segmentation", "depth")  # trained with mixed precision
 SHIPPED = (
     "*.safetensors",
     "*.json",
@@ -56,11 +57,13 @@ SHIPPED = (
 )  # of a run's folder, not of its subfolders
 
 
-def make(name: str) -> None:
+def make(name: str, mixed_precision: str) -> None:
     run, folder = Path(), EXAMPLES_DIR / name
     for i, (config, overrides) in enumerate(EXAMPLES[name]):
         run = Path("runs", "examples", f"{name}_{i}" if i < len(EXAMPLES[name]) - 1 else name)
         command = [sys.executable, f"training/{Path(config).parent}.py", "--config", f"configs/{config}.yaml"]
+        if name in MIXED:
+            command += ["--mixed_precision", mixed_precision]
         subprocess.run([*command, "--output_dir", str(run), *overrides], cwd=ROOT, check=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -79,5 +82,7 @@ def save_in_half(file: Path, target: Path) -> None:
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(EXAMPLES), action="append")
-    for chosen in parser.parse_args().only or [name for name in EXAMPLES if not (EXAMPLES_DIR / name).is_dir()]:
-        make(chosen)
+    parser.add_argument("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: on CPUs without bf16")
+    args = parser.parse_args()
+    for chosen in args.only or [name for name in EXAMPLES if not (EXAMPLES_DIR / name).is_dir()]:
+        make(chosen, args.mixed_precision)
