@@ -552,7 +552,8 @@ def _placed(
             keys, _, mask = _infused(prompt, text.concept_rows([(prompt, 0.0)])[0], ordered)
             rows[i] = torch.where(mask, torch.lerp(ordered, keys[0], strength), ordered)
     embeds = torch.stack(rows)
-    return embeds if bank is None else marked(embeds, numbers)
+    plain = not prompts and embeds.shape[1] != text.window  # a user's, of a length that could not be told to be marked
+    return embeds if bank is None or plain else marked(embeds, numbers)
 
 
 def _infused(prompt: _Prompt, found: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

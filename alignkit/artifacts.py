@@ -184,16 +184,18 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def contents_digest(path: str | os.PathLike) -> str:
+def contents_digest(path: str | os.PathLike, without: str | os.PathLike | None = None) -> str:
     """Of a file what it holds; of a folder the names and sizes of all in it, and what its texts hold (.txt, .jsonl).
 
-    Hidden files do not count, which file managers and notebooks leave where they have been.
+    Hidden files do not count, which file managers and notebooks leave where they have been, nor what is in the folder
+    `without`, such as a run that writes there.
     """
     path = Path(path)
     if path.is_file():
         return sha256(path)
     shown = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    files = sorted(file for file in shown if file.is_file())
+    own = Path(without).resolve() if without else None
+    files = sorted(f for f in shown if f.is_file() and not (own and f.resolve().is_relative_to(own)))
     texts = (".txt", ".jsonl")
     said = [[str(f.relative_to(path)), f.stat().st_size, sha256(f) if f.suffix in texts else None] for f in files]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

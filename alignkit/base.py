@@ -49,7 +49,7 @@ class Base:
     pipe: DiffusionPipeline  # the stock pipeline, for its modules and its way of encoding text
     scheduler: SchedulerMixin
     schedule: NoiseSchedule
-    offload_text_encoders: bool = False  # they stay on the CPU, and prompts are encoded once
+    offload_text_encoders: bool = False  # they stay on the CPU, and KNOWN_PROMPTS are kept
     _known: dict[tuple, Condition] = field(default_factory=dict)
 
     @property
@@ -115,6 +115,11 @@ class Base:
                 f"Shorten it: {long[0][1]!r}{more}"
             )
 
+    def check_negative(self, negative_prompt: str) -> None:
+        """Raises ValueError with one that this model would not read: stock FLUX pipelines drop it silently."""
+        if negative_prompt and not self.family.classifier_free:
+            raise ValueError(f"{self.name} reads no negative prompt, got {negative_prompt!r}: leave it empty.")
+
     @torch.no_grad()
     def condition(
         self, prompts: list[str], height: int | None = None, width: int | None = None, negative: bool = False
@@ -178,8 +183,7 @@ class Base:
         if self.family.classifier_free:
             negative = self.condition([negative_prompt] * len(prompts), height, width, negative=True)
             return guided(forward, condition, negative, guidance_scale, detach_uncond)
-        if negative_prompt:
-            raise ValueError(f"{self.name} reads no negative prompt, got {negative_prompt!r}: leave it empty.")
+        self.check_negative(negative_prompt)
         if detach_uncond:
             raise ValueError(f"{self.name} has no unconditional pass to detach: set detach_uncond to false.")
         guidance = self.guidance(len(prompts), guidance_scale)
@@ -298,7 +302,7 @@ def load_base(
     `random_init`: random weights (always the same ones) from the config files alone, for trying out a config without
     the weights; the names in `ARCHITECTURES` need no download then. `shrink` divides all widths, keeping every layer's
     name. In float16, a VAE that says of itself that it overflows there (`force_upcast`) stays float32.
-    `offload_text_encoders`: they stay in the CPU's memory and compute there, each prompt once.
+    `offload_text_encoders`: they stay in the CPU's memory and compute there; of KNOWN_PROMPTS, once.
     `quantization`: of the network's frozen weights as they are read: "nf4" (bitsandbytes, 4 bits, Dettmers et al. 2023,
     arXiv 2305.14314), "int8" (torchao), or what diffusers' from_pretrained takes as quantization_config.
     Raises FileNotFoundError where there is no such model, ValueError for a family that is not supported, a pickle, a

@@ -93,12 +93,12 @@ def generate(
         output_dir: Where the PNG files go.
     """
     import torch
-    from PIL import Image
 
     from alignkit.artifacts import sha256
     from alignkit.base import load_base
     from alignkit.composed import compose
     from alignkit.customized import lora_file
+    from alignkit.data import open_image
     from alignkit.emoji import resolve
     from alignkit.pictures import write_png
     from alignkit.refine import build_refiner, refined
@@ -121,7 +121,7 @@ def generate(
     base = load_base(model, device=place, dtype=getattr(torch, dtype), config=base_config, quantization=quantization)
     height, width = base.image_size(height, width)
     loras = _named_loras(lora)
-    picture = None if control_image is None else Image.open(control_image).convert("RGB")
+    picture = None if control_image is None else open_image(control_image)
     pipe = base.pipeline()
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     composed = compose(pipe, loras=loras, controlnet=controlnet, concepts=list(concept), alignit=alignit)
@@ -140,6 +140,7 @@ def generate(
         notes |= {"base_prompt": prompt, "refined_by": refine}
         prompt = refined(build_refiner(refine), prompt, list(composed.concepts))
     base.check_prompts([prompt, negative_prompt])
+    base.check_negative(negative_prompt)
     settings |= {"prompt": prompt, "height": height, "width": width, "device": device, "lora": list(lora)}
     settings |= {"concept": list(concept)}
     paths = []

@@ -42,6 +42,7 @@ class Composable:
         home = self._home()
         loras = {name: (str(_found(path, home)), float(weight)) for name, (path, weight) in loras.items()}
         given = [concept | {"path": str(_found(concept["path"], home))} for concept in given]
+        self._composed_controlnet = controlnet
         self.composed = compose(self._stock(), loras=loras, controlnet=controlnet, concepts=given)
         # dicts, since diffusers takes lists in this file for components; None, as it cannot read an empty one
         self.register_to_config(loras=loras or None, concepts={str(i): one for i, one in enumerate(given)} or None)
@@ -58,6 +59,13 @@ class Composable:
         """As of `Composed`."""
         own = {name: part for name, part in self.components.items() if name != "controlnet"}
         self.composed.follow(own, getattr(self, "_progress_bar_config", {}))
+        net = self.components.get("controlnet")
+        if net is not self._composed_controlnet:
+            if net is None or self._composed_controlnet is None:
+                raise ValueError(
+                    "controlnet: expected one where the pipeline was made with one: make another pipeline."
+                )
+            self.composed.pipe.controlnet = self._composed_controlnet = net
         try:
             return self.composed(prompt, **options)
         finally:

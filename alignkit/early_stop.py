@@ -49,14 +49,29 @@ def coarse_features(images: Tensor) -> Tensor:
 
 
 def monitor_scores(measured: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Mean and standard deviation of every monitor/* [N], to measure gains by."""
-    monitors = {name: values for name, values in measured.items() if name.startswith("monitor/")}
+    """Mean and standard deviation of every monitor/* [N], to measure gains by.
+
+    Images of which a monitor has no finite score, such as those without a face, do not count; FloatingPointError where
+    it has none of any.
+    """
+    monitors = {name: scored(name, values) for name, values in measured.items() if name.startswith("monitor/")}
     return {name: [float(v.mean()), float(v.std(correction=0).clamp(min=1e-6))] for name, v in monitors.items()}
 
 
 def gains(measured: Mapping[str, Tensor], start: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Of every monitor over the start's `monitor_scores`, in its standard deviations."""
-    return {name: (float(measured[name].mean()) - mean) / deviation for name, (mean, deviation) in start.items()}
+    return {
+        name: (float(scored(name, measured[name]).mean()) - mean) / deviation
+        for name, (mean, deviation) in start.items()
+    }
+
+
+def scored(name: str, values: Tensor) -> Tensor:
+    """The finite ones."""
+    finite = values[values.isfinite()]
+    if not len(finite):
+        raise FloatingPointError(f"{name} has no finite score of any validation image: give a number there, such as 0")
+    return finite
 
 
 def reason_to_stop(history: Sequence[Mapping[str, Any]], cfg: EarlyStopConfig) -> str | None:

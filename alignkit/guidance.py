@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignkit.artifacts import network_of
 from alignkit.base import decode_latents, require_finite
+from alignkit.marker import controlnets_of
 from alignkit.noise import NoiseSchedule
 
 NO_SIGNAL = 1e-3  # an alpha_t below it is meant to be 0 (Euler has 2^-12 there); that of SD's last timestep is 0.07
@@ -131,8 +132,11 @@ def steered(pipe: Any, score: Score, scale: float) -> Iterator[None]:
             return original(model_output, timestep, sample, *args, **kwargs)
         t = _timestep(timestep, schedule)
         x_t = scheduler.scale_model_input(sample, timestep)  # of schedulers that keep x_0 + sigma noise
-        rewards = score(decode_latents(pipe.vae, schedule.predict_x_0(model_output, x_t, t)))
-        (gradient,) = torch.autograd.grad(rewards.sum(), sample)
+        images = decode_latents(pipe.vae, schedule.predict_x_0(model_output, x_t, t))
+        shown = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(score(shown).sum(), shown)
+        # its length does not count: at 1, half precision carries it through the networks, whatever the reward's scale
+        (gradient,) = torch.autograd.grad(images, sample, gradient / _norm(gradient).clamp(min=1e-30))
         with torch.no_grad():
             model_output = steer(model_output, gradient, schedule, t, scale)
             stepped = original(model_output.detach(), timestep, sample.detach(), *args, **kwargs)
@@ -188,7 +192,7 @@ def with_gradient(pipe: Any) -> Iterator[Callable[..., Any]]:
         for parameter in frozen:
             stack.callback(parameter.requires_grad_)
             parameter.requires_grad_(False)
-        for part in (pipe.unet, pipe.vae):
+        for part in (pipe.unet, pipe.vae, *controlnets_of(pipe)):
             if not part.is_gradient_checkpointing:
                 stack.callback(part.disable_gradient_checkpointing)
                 part.enable_gradient_checkpointing()

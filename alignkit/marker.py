@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.attention import ContextSource, context_bank
 
@@ -49,6 +49,12 @@ def take_numbers(given: dict[str, Any], name: str, window: int) -> list[int] | N
     return numbers
 
 
+def controlnets_of(pipe: Any) -> list[nn.Module]:
+    """One, several (`MultiControlNetModel`) or none."""
+    net = getattr(pipe, "controlnet", None)
+    return list(getattr(net, "nets", [net] if net is not None else []))
+
+
 @contextmanager
 def numbered_bank(pipe: Any, source: ContextSource, window: int) -> Iterator[None]:
     """Inside, the U-Net reads the contexts of `source`, and the pipeline's ControlNets what stands before the mark."""
@@ -58,9 +64,8 @@ def numbered_bank(pipe: Any, source: ContextSource, window: int) -> Iterator[Non
             return None
         return torch.cat([text[:, :-1]] * 2, dim=-1)[:, None]
 
-    nets = getattr(pipe, "controlnet", None)
     with ExitStack() as stack:
         stack.enter_context(context_bank(pipe.unet, source))
-        for net in getattr(nets, "nets", [nets] if nets is not None else []):
+        for net in controlnets_of(pipe):
             stack.enter_context(context_bank(net, plain))
         yield

@@ -49,7 +49,8 @@ class RewardTuningConfig(RunConfig):
     gradient_checkpointing: bool = free(False)
     """Also compute each block of the network twice, for less memory within a denoising step."""
     offload_text_encoders: bool = free(False)
-    """Leave them in the CPU's memory, where they encode each prompt once: 9 GB less on a GPU for SD3 and FLUX."""
+    """Leave them in the CPU's memory, where they encode prompts, of which the last 1,000 are remembered: 9 GB less on a
+    GPU for SD3 and FLUX."""
     prompt_file: str = ""
     """Prompts to train on: .txt, one a line, or .jsonl with `prompt` and columns for the rewards."""
     negative_prompt: str = ""

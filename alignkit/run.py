@@ -237,6 +237,8 @@ class Run:
         if self._saved:
             self._restore(*self._saved)
             self._saved = None
+        if cfg.estimate == "no":
+            self._refuse_other_positions()
         if self._writes:
             self._open_logs()
         self._event(
@@ -263,7 +265,7 @@ class Run:
     def _data(self) -> dict[str, str]:
         places = {name: getattr(self.cfg, name, None) for name in DATA}
         return {
-            f"contents of {name}": contents_digest(place)[:12]
+            f"contents of {name}": contents_digest(place, without=self.output_dir)[:12]
             for name, place in places.items()
             if place and Path(place).exists()
         }
@@ -292,6 +294,15 @@ class Run:
             raise ValueError(
                 f"{self.output_dir} holds a run ({which}) with another config:{lines}\n"
                 "Resume it with its own values, or choose another output_dir."
+            )
+
+    def _refuse_other_positions(self) -> None:
+        """ValueError, in all processes, where they found different checkpoints: they would add up strange gradients."""
+        found = self.gather(torch.tensor([self.position], device=self.device)).tolist()
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"{self.output_dir}: the processes found checkpoints of different steps, {found}. Give all machines "
+                "the same folder, on a file system that they share."
             )
 
     def _lock_output_dir(self) -> None:

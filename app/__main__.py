@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         bases = named(options.base or ["emoji"])
         base_config = config_of_files(options.base_config, bases)
-        demo = page.build(options.folder, bases, options.safety_checker, base_config)
+        checker = _place(options.safety_checker) if options.safety_checker else None
+        demo = page.build(options.folder, bases, checker, base_config)
         page.launch(demo, options.folder, options.host, options.port, options.password)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

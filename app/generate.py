@@ -182,7 +182,8 @@ class Models:
             self._base = self._composed = None  # the old one goes before the new one comes
             device, dtype = "cpu", torch.float32
             if torch.cuda.is_available():  # float16 ends at 65,504, which SD 2.1's attention passes
-                device, dtype = "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+                has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+                device, dtype = "cuda", torch.bfloat16 if has_bfloat16 else torch.float16
             config = jobs.config_of_base(place, self.base_config)
             self._base = (name, load_base(place, device=device, dtype=dtype, config=config))
         return self._base[1]
@@ -220,6 +221,15 @@ class Models:
         if self._condition is None or self._condition[0] != said:
             self._condition = (said, build_condition(said["name"], **said.get("args", {})))
         return self._condition[1]
+
+    def release(self) -> None:
+        """Leaves nothing of a model on the GPU."""
+        import torch
+
+        if self._composed is not None:
+            self._composed[1].unload()
+        self._base = self._composed = self._checker = self._condition = None
+        torch.cuda.empty_cache()
 
     def plain(self, name: str) -> Any:
         """The stock pipeline of the base alone, which is what a composed one draws with outside of its own calls."""
@@ -343,6 +353,15 @@ def _download(name: str, progress: Callable, stop: threading.Event) -> None:
     _follow(future, tell, stop)
 
 
+@in_turn
+def make_room(models: Models) -> None:
+    """For a training that is about to start, on a GPU that a page alone could fill. Waits for what is being drawn."""
+    import torch
+
+    if torch.cuda.is_available():
+        models.release()
+
+
 # Controls
 
 
@@ -405,7 +424,9 @@ def draw(
         "guidance_scale": settings.guidance_scale,
         "callback_on_step_end": after_step,
     }
-    models.base(settings.base).check_prompts([settings.prompt, settings.negative_prompt])
+    base = models.base(settings.base)
+    base.check_prompts([settings.prompt, settings.negative_prompt])
+    base.check_negative(settings.negative_prompt)
     if tuned and settings.is_tuned:
         composed = models.composed(settings)
         if settings.controlnet:

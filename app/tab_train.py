@@ -153,6 +153,7 @@ def _buttons(
     @ui.said
     def start(name: str, *settings: Any):
         config = _resolved(page, method, *settings)
+        generate.make_room(page.models)
         started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases, page.base_config)
         return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
 
@@ -160,6 +161,7 @@ def _buttons(
     def measure(request: gr.Request, *settings: Any):
         config = _resolved(page, method, *settings)
         with ui.stoppable(page, request) as stopped:
+            generate.make_room(page.models)
             said = jobs.dry_run(page.folder, method, config, page.bases, page.base_config)
             for words in said:
                 if stopped.is_set():
@@ -204,6 +206,7 @@ def _watched(page: ui.Page, method: str) -> tuple[gr.Dropdown, dict[str, Any]]:
 
     @ui.said
     def go_on(run: str):
+        generate.make_room(page.models)
         jobs.resume(page.folder, run, page.bases, page.base_config)
 
     def watch(run: str | None, curve: str | None, shown: str):

@@ -16,7 +16,7 @@ from alignkit.artifacts import LORA_WEIGHTS, load_json, read_events
 from alignkit.base import Base, add_lora, load_base
 from alignkit.config import LoraConfig, parse, to_dict
 from alignkit.data import read_prompts
-from alignkit.early_stop import EarlyStopConfig, best_of, diversity, reason_to_stop
+from alignkit.early_stop import EarlyStopConfig, best_of, diversity, gains, monitor_scores, reason_to_stop
 from alignkit.emoji import WEIGHTS_DIR
 from alignkit.reward_tuning import Validation, lora_norm
 from alignkit.rewards import RewardConfig
@@ -311,6 +311,15 @@ def test_the_best_validation_is_that_of_the_monitors():
     assert best_of(validations[:1], cfg) is None and best_of(validations, EarlyStopConfig()) is None
     without = [{**summary, "monitors": {}} for summary in validations]
     assert best_of(without, cfg) is without[4]
+
+
+def test_images_without_a_score_do_not_count_for_a_monitor():
+    nan = float("nan")
+    start = monitor_scores({"monitor/face": torch.tensor([1.0, nan, 3.0]), "reward": torch.tensor([nan])})
+    assert start == {"monitor/face": [2.0, 1.0]}
+    assert gains({"monitor/face": torch.tensor([nan, 3.0, 4.0])}, start) == {"monitor/face": 1.5}
+    with pytest.raises(FloatingPointError, match="monitor/face has no finite score of any validation image"):
+        gains({"monitor/face": torch.tensor([nan, nan])}, start)
 
 
 def test_an_early_stop_keeps_the_best_lora_also_after_a_resume(config, monkeypatch):

@@ -474,6 +474,17 @@ def test_a_base_is_offered_the_configs_of_its_family(tmp_path):
         assert f"{forms.BASE}: somebody/model" in jobs._checked(tmp_path, text, {"mine": "somebody/model"})
 
 
+def test_a_safety_checkers_folder_is_found_from_where_the_page_was_started(tmp_path, monkeypatch):
+    (tmp_path / "checker").mkdir()
+    monkeypatch.chdir(tmp_path)
+    built, launched = [], []
+    monkeypatch.setattr("app.page.build", lambda *given: built.append(given))
+    monkeypatch.setattr("app.page.launch", lambda *given: launched.append(given))
+    for name in ("checker", "owner/name"):
+        app.__main__.main(["--safety_checker", name])
+    assert [given[2] for given in built] == [str(tmp_path / "checker"), "owner/name"] and len(launched) == 2
+
+
 def test_two_bases_of_one_name_are_refused(tmp_path):
     for folder in ("a/model", "b/model"):
         (tmp_path / folder).mkdir(parents=True)
@@ -1112,6 +1123,19 @@ def test_a_pickle_is_not_loaded(world):
     assert "alignprop/pickled" not in generate.loras(world.folder)
     with pytest.raises(ValueError):
         generate.draw(world, settings(loras={"alignprop/pickled": 1.0}))
+
+
+def test_a_training_gets_the_gpu_to_itself(world, monkeypatch):
+    """Where there is one: on a CPU the base stays for the next picture."""
+    models = generate.Models(world.folder, world.bases)
+    generate.draw(models, settings())
+    generate.make_room(models)
+    assert models.holds(settings().base)
+    emptied = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
+    generate.make_room(models)
+    assert not models.holds(settings().base) and models._composed is None and emptied
 
 
 @pytest.mark.parametrize("threshold, black", [(-10.0, True), (10.0, False)])

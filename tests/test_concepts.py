@@ -321,8 +321,12 @@ def test_guidance_negative_prompts_and_repetitions(base, concept):
         given = pipe(prompt_embeds=embeds[0], num_images_per_prompt=2, **call).images
         assert torch.equal(given, pipe("a <thing>", num_images_per_prompt=2, **call).images)
         plain = base.encode_prompt(["b"])
+        long = torch.cat([plain, plain], dim=1)  # as other tools make of long prompts
+        given = pipe(prompt_embeds=long, negative_prompt_embeds=long.flip(1), **{**call, "latents": noise(1)}).images
         mixed = pipe("a <thing>", negative_prompt_embeds=plain, **{**call, "latents": noise(1)}).images
         assert torch.equal(mixed, pipe("a <thing>", negative_prompt="b", **{**call, "latents": noise(1)}).images)
+    stock = pipe(prompt_embeds=long, negative_prompt_embeds=long.flip(1), **{**call, "latents": noise(1)}).images
+    assert torch.equal(given, stock)
 
 
 def test_other_stock_pipelines(base, concept):

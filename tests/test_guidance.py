@@ -1,5 +1,6 @@
 """The reward's gradient: closed forms, finite differences, stock pipelines that a strength of 0 does not change."""
 
+import copy
 import math
 
 import pytest
@@ -166,6 +167,22 @@ def test_scale_0_is_the_stock_pipeline(scheduler, sdxl, pipe):
     assert torch.allclose(images, plain, atol=1e-5) and not images.requires_grad
     assert not {"step"} & {*vars(one.scheduler)} and "prepare_latents" not in vars(one)
     one.scheduler = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_scale_means_the_same_for_every_reward(dtype, pipe):
+    """Also in half precision, where the gradient of one that is 2^-20 of another would be 0."""
+    own = copy.deepcopy(pipe.unet).to(dtype), copy.deepcopy(pipe.vae).to(dtype), copy.deepcopy(pipe.text_encoder)
+    other = type(pipe)(**pipe.components | {"unet": own[0], "vae": own[1], "text_encoder": own[2].to(dtype)})
+    other.set_progress_bar_config(disable=True)
+
+    def drawn(factor):
+        with with_gradient(other) as call, steered(other, lambda images: factor * red(images), 0.2):
+            return call("a dog", generator=torch.Generator().manual_seed(0), **STEPS).images.float()
+
+    with torch.no_grad():
+        plain = other("a dog", generator=torch.Generator().manual_seed(0), **STEPS).images.float()
+    assert torch.equal(drawn(1.0), drawn(2.0**-20)) and not torch.allclose(drawn(1.0), plain, atol=1e-2)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])

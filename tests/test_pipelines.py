@@ -83,6 +83,19 @@ def test_with_nothing_added_it_is_the_stock_pipeline(world):
     assert torch.equal(got.images, expected.images) and seen == [0, 1]
 
 
+def test_a_controlnet_may_be_exchanged(world):
+    file, folder = world
+    pipe = load(file, folder / "model", **all_parts(folder))
+    other = ControlNetModel.from_pretrained(folder / "controlnet")
+    shake(other.parameters(), 0.1)
+    fresh = load(file, folder / "model", **all_parts(folder) | {"controlnet": other})
+    one = pipe(PROMPT, control_image=control(), seed=1, **SETTINGS).images
+    pipe.controlnet = other
+    two = pipe(PROMPT, control_image=control(), seed=1, **SETTINGS).images
+    assert not torch.equal(one, two)
+    assert torch.equal(two, fresh(PROMPT, control_image=control(), seed=1, **SETTINGS).images)
+
+
 def test_saved_and_loaded_it_draws_the_same(world, tmp_path):
     file, folder = world
     pipe = load(file, folder / "model", **all_parts(folder))

@@ -160,6 +160,25 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
     assert train(cfg).position == 10
 
 
+def test_a_run_among_its_own_data_is_resumed(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"cat")
+    cfg = OnData(**vars(toy_config(tmp_path / "run")), train_data_dir=str(tmp_path))
+    train(cfg)
+    assert train(cfg).position == 10
+    (tmp_path / "run2").mkdir()
+    (tmp_path / "run2" / "dog.png").write_bytes(b"dog")
+    with pytest.raises(ValueError, match="contents of train_data_dir"):
+        Run(cfg)
+
+
+def test_processes_that_found_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    """Machines without a common file system: one finds the run, the other starts anew."""
+    run = Run(toy_config(tmp_path), "toy")
+    monkeypatch.setattr(run, "gather", lambda position: torch.cat([position, position + 500]))
+    with pytest.raises(ValueError, match=r"checkpoints of different steps, \[0, 500\]. Give all machines"):
+        run.prepare(toy_params())
+
+
 def test_the_others_wait_for_what_the_main_process_does_alone(tmp_path):
     """Drawing 200 images of a class takes longer than the ten minutes that NCCL waits unless told."""
     assert Run(toy_config(tmp_path)).accelerator.init_handler.timeout > timedelta(hours=1)

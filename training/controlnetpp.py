@@ -119,12 +119,14 @@ class Config(DiffusionConfig):
     condition_dropout: float = 0.0
     """Share of samples that see a black control; they have no reward."""
     cache: bool = free(False)
-    """Keep latents, targets and prompt embeddings of all images in memory after their first use; needs crop: center.
+    """Keep latents, targets and prompt embeddings of all images after their first use, each process in its own memory
+    (at 512 pixels 1 MB an image for a map, 0.3 MB for labels); needs crop: center.
     A control's own latents, of SD3 and FLUX, are encoded anew."""
     gradient_checkpointing: bool = free(False)
     """Of ControlNet, frozen network and VAE decoder: less memory, each computed twice."""
     offload_text_encoders: bool = free(False)
-    """Leave them in the CPU's memory, where they encode each prompt once: 9 GB less on a GPU for SD3 and FLUX."""
+    """Leave them in the CPU's memory, where they encode prompts, of which the last 1,000 are remembered: 9 GB less on a
+    GPU for SD3 and FLUX."""
 
     monitors: list[RewardConfig] = field(default_factory=list)
     """Rewards of the validation images that are logged, never optimised."""

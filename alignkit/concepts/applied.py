@@ -167,11 +167,18 @@ def _encode_prompt(original: Callable, source: _Source) -> Callable:
         if negative is None:
             negative = take_numbers(given, "negative_prompt_embeds", source.window) or [0]
         prompt_embeds, negative_prompt_embeds, *rest = original(*bound.args, **bound.kwargs)
-        return _numbered(prompt_embeds, positive), _numbered(negative_prompt_embeds, negative), *rest
+        window = source.window
+        return _numbered(prompt_embeds, positive, window), _numbered(negative_prompt_embeds, negative, window), *rest
 
     return encode_prompt
 
 
-def _numbered(embeds: Tensor | None, numbers: list[int]) -> Tensor | None:
-    """Marks [B, S, D] with the prompts' numbers; embeddings that a user brought are plain unless marked."""
-    return None if embeds is None else marked(embeds, numbers)
+def _numbered(embeds: Tensor | None, numbers: list[int], window: int) -> Tensor | None:
+    """Marks [B, S, D] with the prompts' numbers; embeddings that a user brought are plain unless marked.
+
+    Those of another length than the window's, as other tools make of long prompts, stay as they are: they could not be
+    told to be marked, and the mark would be read as text.
+    """
+    if embeds is None or (embeds.shape[1] != window and not any(numbers)):
+        return embeds
+    return marked(embeds, numbers)
