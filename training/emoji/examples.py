@@ -29,16 +29,16 @@ SECOND = ["--validation_steps", "0", "--reward_start", "0", "--max_train_steps",
 SECOND += ["--lr_warmup_steps", "0", "--seed", "1000", "--controlnet_model_name_or_path"]
 
 
-def controlnet(condition: str) -> list[tuple[str, list[str]]]:
+def controlnet(condition: str, *options: str) -> list[tuple[str, list[str]]]:
     """The two stages as runs of their own: seed 0 of tests/benchmarks/controlnetpp_emoji.py, weight for weight."""
     config = f"controlnetpp/emoji_{condition}"
-    return [(config, FIRST), (config, [*SECOND, f"runs/examples/{condition}_0"])]
+    return [(config, FIRST), (config, [*options, *SECOND, f"runs/examples/{condition}_0"])]
 
 
 # name: a (config, overrides) for each run, of which the last is shipped
 EXAMPLES = {
     "aesthetic": [("alignprop/emoji", [])],
-    "segmentation": controlnet("segmentation"),
+    "segmentation": controlnet("segmentation", "--reward_weight", "0"),  # which gains nothing there: docs/results.md
     "depth": controlnet("depth"),
     "neti": [("neti/emoji", PICTURES)],
     "textual_inversion": [("neti/emoji", [*PICTURES, "--method", "textual_inversion"])],
