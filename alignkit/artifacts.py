@@ -184,6 +184,13 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def by_pattern(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """What peft's rank_pattern or alpha_pattern says of a module: its keys are ends of names, or regular expressions."""
+    from peft.utils.other import get_pattern_key
+
+    return pattern.get(get_pattern_key(pattern, name), default)
+
+
 def contents_digest(path: str | os.PathLike, without: str | os.PathLike | None = None) -> str:
     """Of a file what it holds; of a folder the names and sizes of all in it, and what its texts hold (.txt, .jsonl).
 

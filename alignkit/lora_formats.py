@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from alignkit import emoji
-from alignkit.artifacts import LORA_WEIGHTS, load_tensors, read_metadata, save_tensors
+from alignkit.artifacts import LORA_WEIGHTS, by_pattern, load_tensors, read_metadata, save_tensors
 from alignkit.base import family_of
 from alignkit.families import FAMILIES
 from alignkit.random_init import ARCHITECTURES
@@ -167,7 +167,6 @@ def read_lora(source: str | os.PathLike, network: Network) -> Lora:
 
 def _from_diffusers(tensors: dict[str, Tensor], header: dict, path: Path) -> Lora:
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-    from peft.utils.other import get_pattern_key
 
     lora: Lora = {}
     foreign = [key for key in tensors if key.partition(".")[0] not in PARTS]
@@ -188,8 +187,7 @@ def _from_diffusers(tensors: dict[str, Tensor], header: dict, path: Path) -> Lor
             if not name or None in pair:
                 raise ValueError(f"{path} is not a plain LoRA: expected lora_A and lora_B of {part}.{name}")
             rank = len(pair[0])
-            pattern = header.get(f"{part}.alpha_pattern", {})
-            alpha = pattern.get(get_pattern_key(pattern, name), header.get(f"{part}.lora_alpha", rank))
+            alpha = by_pattern(header.get(f"{part}.alpha_pattern", {}), name, header.get(f"{part}.lora_alpha", rank))
             if header.get(f"{part}.use_rslora"):  # whose scale is alpha / sqrt(rank)
                 alpha *= rank**0.5
             if not is_network and not name.startswith("text_model."):  # transformers 5.6 and later leave it out
