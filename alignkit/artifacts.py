@@ -185,7 +185,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def by_pattern(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """What peft's rank_pattern or alpha_pattern says of a module: its keys are ends of names, or regular expressions."""
+    """What peft's rank_pattern or alpha_pattern says of a module: its keys end names, or are regular expressions."""
     from peft.utils.other import get_pattern_key
 
     return pattern.get(get_pattern_key(pattern, name), default)
