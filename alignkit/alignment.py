@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.alignit import Concept, alignit, token_rows
+from alignkit.alignit import Concept, alignit
+from alignkit.alignit.text import token_rows
 from alignkit.artifacts import atomic
 from alignkit.attention import AttentionRecord, record_attention
 from alignkit.base import require_finite

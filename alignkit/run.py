@@ -379,12 +379,23 @@ class Run:
 
         Step `s` covers [s * global_batch, (s + 1) * global_batch), cut contiguously by process, then by accumulation.
         """
-        size, count = self.cfg.train_batch_size, self.cfg.gradient_accumulation_steps
-        first = step * self.global_batch + self.accelerator.process_index * size * count
-        for start in range(first, first + size * (count if self.cfg.estimate == "no" else 1), size):
-            self._indices = list(range(start, start + size))
+        for start in self._starts(step):
+            self._indices = list(range(start, start + self.cfg.train_batch_size))
             self._seed(step, start)  # for what draws from the global generators, such as dropout
             yield self._indices
+
+    def _starts(self, step: int) -> range:
+        size, count = self.cfg.train_batch_size, self.cfg.gradient_accumulation_steps
+        first = step * self.global_batch + self.accelerator.process_index * size * count
+        return range(first, first + size * (count if self.cfg.estimate == "no" else 1), size)
+
+    def following(self, step: int, indices: Sequence[int]) -> tuple[int, list[int]] | None:
+        """Step and indices of the micro-batch behind this one, for who reads ahead; None behind the run's last."""
+        start = indices[-1] + 1
+        if start not in self._starts(step):
+            step += 1
+            start = self._starts(step).start
+        return (step, list(range(start, start + self.cfg.train_batch_size))) if step < self._end else None
 
     def backward(self, loss: Tensor, **parts: Tensor) -> None:
         """Adds the gradient of sum(loss) / global_batch. `loss` [b]: one per sample of the current micro-batch.

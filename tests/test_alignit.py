@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from alignkit import alignit as alignit_module
 from alignkit import concepts
-from alignkit.alignit import Concept, alignit
+from alignkit.alignit import Concept, alignit, checks
 from alignkit.artifacts import save_lora
 from alignkit.attention import projection_pairs, text_layers
 from alignkit.base import load_base
@@ -244,12 +244,12 @@ def texts(monkeypatch) -> list:
     """Of every AlignIT block, its `_Text`, which has the cache."""
     made = []
 
-    class Kept(alignit_module._Text):
+    class Kept(alignit_module.Text):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(alignit_module, "_Text", Kept)
+    monkeypatch.setattr(alignit_module, "Text", Kept)
     return made
 
 
@@ -527,6 +527,16 @@ def test_embeddings_brought_along(lora):
             draw_embeds(lora.pipe, plain, empty)
     with recorded(lora.base.unet) as base:
         draw(lora.base, PLAIN)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
+def test_embeddings_of_another_length(lora):
+    """Of two windows, as long prompts are brought: no row is put behind them, and they are text of the base."""
+    longer = [torch.cat([side, side], dim=1) for side in lora.base.encode_prompt(PLAIN, "cpu", 1, True)]
+    with lora.aligned(), recorded(lora.pipe.unet) as ours:
+        draw_embeds(lora.pipe, *longer)
+    with recorded(lora.base.unet) as base:
+        draw_embeds(lora.base, *longer)
     assert all(torch.equal(ours[name], base[name]) for name in base)
 
 
@@ -852,7 +862,7 @@ def test_a_step_does_not_walk_the_network(lora, monkeypatch):
     with lora.aligned():
         draw(lora.pipe, prompt_of(lora))
         walks = []
-        monkeypatch.setattr(alignit_module, "_check_network", lambda *args: walks.append(args))
+        monkeypatch.setattr(checks, "_check_network", lambda *args: walks.append(args))
         draw(lora.pipe, prompt_of(lora))
         assert not walks
         lora.pipe.unet.set_attn_processor(attention_processor.AttnProcessor())

@@ -36,6 +36,7 @@ from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
 from alignkit.controls import SceneControls, open_controls
 from alignkit.data import read_concept_images
+from alignkit.families import Family
 from app import data, explore, forms, generate, jobs, page, safety, ui
 from app.generate import Settings
 from tests.app_server import make_world, toy_command
@@ -820,6 +821,26 @@ def test_the_log_shows_a_progress_bar_once(tmp_path):
 
 def ready(models: generate.Models, stop: threading.Event, told: list, **fields) -> None:
     generate.prepare(models, settings(**fields), lambda far, desc: told.append((far, desc)), stop)
+
+
+def test_bfloat16_only_where_it_is_not_emulated(world, monkeypatch):
+    told = {}
+    monkeypatch.setattr("alignkit.load_base", lambda place, **options: told.update(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=native: own or including_emulation
+        )
+        generate.Models(world.folder, world.bases).base("tiny")
+        assert told["dtype"] == dtype
+
+
+def test_a_negative_prompt_that_nobody_reads(world, monkeypatch):
+    """FLUX's: stock pipelines take it and drop it."""
+    models = generate.Models(world.folder, world.bases)
+    monkeypatch.setattr(Family, "classifier_free", property(lambda family: False))
+    with pytest.raises(ValueError, match="reads no negative prompt, got 'a box'"):
+        generate.draw(models, settings(negative_prompt="a box"))
 
 
 def test_loading_is_told_and_cancelled_at_once(world, monkeypatch):

@@ -10,7 +10,8 @@ from PIL import Image
 from alignkit import artifacts, cli, concepts
 from alignkit.base import add_lora, load_base
 from alignkit.composed import Composed
-from alignkit.controlnet import new_controlnet
+from alignkit.controlnet import load_controlnet, new_controlnet, save_controlnet
+from alignkit.families import Family
 from alignkit.pictures import read_record, read_settings
 
 
@@ -93,6 +94,36 @@ def test_all_parts_are_in_the_picture_and_in_its_settings(model, tmp_path):
     assert f"{tmp_path}/concept/learned_embeds.safetensors" in record["sha256"]
     (again,) = cli.generate(**record["settings"], output_dir=str(tmp_path / "again"))
     assert again.read_bytes() == path.read_bytes() and again.name == path.name
+
+
+def test_a_transparent_control_is_seen_on_white(model, tmp_path):
+    pipe = load_base(f"{model}/model").pipeline()
+    new_controlnet(pipe.unet, pipe.vae_scale_factor).save_pretrained(tmp_path / "controlnet")
+    net = load_controlnet(f"{tmp_path}/controlnet", pipe.unet, pipe.vae_scale_factor)
+    with torch.no_grad():  # a new one adds nothing, whatever it is shown
+        net.controlnet_mid_block.weight.normal_()
+    save_controlnet(tmp_path / "controlnet", net)
+    clear = Image.new("RGBA", (32, 32), "red")
+    clear.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    clear.save(tmp_path / "clear.png")
+    white = Image.new("RGB", (32, 32), "red")
+    white.paste("white", (0, 0, 16, 32))
+    white.save(tmp_path / "white.png")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    drawn = {
+        name: generate(model, "--controlnet", f"{tmp_path}/controlnet", "--control_image", f"{tmp_path}/{name}.png")[0]
+        for name in ("clear", "white", "red")
+    }
+    assert np.array_equal(drawn["clear"], drawn["white"])
+    assert not np.array_equal(drawn["clear"], drawn["red"])
+
+
+def test_a_negative_prompt_that_nobody_reads(model, monkeypatch, tmp_path):
+    """FLUX's: stock pipelines take it and drop it."""
+    monkeypatch.setattr(Family, "classifier_free", property(lambda family: False))
+    with pytest.raises(ValueError, match="reads no negative prompt, got 'a dog'"):
+        cli.generate(model=f"{model}/model", prompt="a cat", negative_prompt="a dog", output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_refined_prompt_is_drawn_and_both_are_kept(model, tmp_path, monkeypatch):

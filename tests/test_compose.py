@@ -601,6 +601,27 @@ def test_a_reward_hears_what_was_asked_in_words_it_knows(new_pipe, model):
         composed("a <n> hat", refine=lambda prompt: "a hat", **settings)
 
 
+def test_what_is_computed_again_reads_what_it_read(new_pipe, model, monkeypatch):
+    """An ascent keeps no block's activations: with a mapper's contexts and a ControlNet, it is as with all of them."""
+    told = {"prompt": "a <n>", "control_image": control(), "seed": 0, "reward": Red(), "ascent": 2, **STEPS}
+    drawn = {}
+    for checkpointed in (True, False):
+        composed = alignkit.compose(
+            new_pipe(), concepts=[model / "neti"], controlnet=str(model / "controlnet"), alignit=True
+        )
+        parts, blocks = (composed.pipe.unet, composed.pipe.controlnet), []
+        for part in parts:
+            part.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, blocks=blocks: blocks.append(1))
+            if not checkpointed:
+                monkeypatch.setattr(part, "enable_gradient_checkpointing", lambda: None)
+        drawn[checkpointed] = composed(**told | {"output_type": "pt"}).images, len(blocks)
+    (kept, calls), (again, more) = drawn[False], drawn[True]
+    assert more > calls
+    assert torch.equal(again, kept)
+    plain = composed(**{k: v for k, v in told.items() if k not in ("reward", "ascent")} | {"output_type": "pt"}).images
+    assert not torch.equal(kept, plain)
+
+
 class Flat(Red):
     differentiable = False
 

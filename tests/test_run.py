@@ -474,6 +474,8 @@ def test_micro_batches_tile_the_global_batch(tmp_path):
     run = Run(toy_config(tmp_path, train_batch_size=3))
     assert list(run.micro_batches(0)) == [[0, 1, 2], [3, 4, 5]]
     assert list(run.micro_batches(2)) == [[12, 13, 14], [15, 16, 17]]
+    assert run.following(2, [12, 13, 14]) == (2, [15, 16, 17])
+    assert run.following(2, [15, 16, 17]) == (3, [18, 19, 20])
     with pytest.raises(ValueError, match=r"expected one loss per sample, \[3\], got \[\]"):
         run.backward(torch.zeros(()))
 

@@ -57,9 +57,12 @@ def train(cfg: ToyConfig, params=None, extra_state=None, extra_tensors=None, bod
     run = Run(cfg, "toy")
     run.prepare(params, extra_state, extra_tensors)
     dying_step, _, where = cfg.die.partition(":")
+    told = None  # what comes next, in a list
     for step in run.steps():
         dying = where if dying_step == str(step) else ""
         for indices in run.micro_batches(step):
+            assert told in (None, [(step, indices)])
+            told = [run.following(step, indices)]
             loss = toy_loss(run, params, step, indices)
             run.backward(loss)
             if dying == "backward":
@@ -76,6 +79,7 @@ def train(cfg: ToyConfig, params=None, extra_state=None, extra_tensors=None, bod
             artifacts._fsync = lambda path: path.name.startswith(".tmp-checkpoint") and os.kill(os.getpid(), 9)
         if dying == "rotating":  # an old checkpoint is half deleted
             shutil.rmtree = lambda path: ((path / "state.json").unlink(), os.kill(os.getpid(), signal.SIGKILL))
+    assert told in (None, [None])
     run.finish()
     return run
 

@@ -36,7 +36,7 @@ are logit-normal, and t = 200 hides less than it does in SD: `reward_min_snr` sa
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -444,6 +444,7 @@ class Loader:
         self.cached: dict[int, tuple[Tensor, Tensor]] = {}  # by row: latents and compact targets, on the CPU
         self.cache = cfg.cache
         self.pool = ThreadPoolExecutor()  # decoding images is most of it, and leaves Python's lock
+        self.ahead: tuple[tuple | None, list[Future]] = None, []  # (step, indices), and their examples on the way
 
     def row(self, index: int) -> int:
         if self.buckets:
@@ -457,11 +458,14 @@ class Loader:
         return sorted({self.buckets.size(row) for row in range(self.data.size)})
 
     def __call__(self, step: int, indices: Sequence[int]) -> Batch:
-        rows = [self.row(index) for index in indices]
-        generators = [self.run.generator(step, index, "data") for index in indices]
         if not self.cache:
-            examples = list(self.pool.map(self.example, rows, generators))
+            key, reading = self.ahead
+            reading = reading if key == (step, indices) else self.read(step, indices)
+            following = self.run.following(step, indices)
+            self.ahead = following, self.read(*following) if following else []
+            examples = [one.result() for one in reading]
             return Batch(*self.encode(examples), [example.prompt for example in examples])
+        rows, generators = self.drawn(step, indices)
         new = [row for row in dict.fromkeys(rows) if row not in self.cached]
         for row, example in zip(new, self.pool.map(self.example, new, (torch.Generator() for _ in new)), strict=True):
             # alone: in which company a row first comes depends on when the run resumed
@@ -471,6 +475,13 @@ class Loader:
         x_0, targets = (torch.stack(parts).to(self.run.device) for parts in zip(*cached, strict=True))
         targets = targets if targets.is_floating_point() else targets.long()
         return Batch(x_0, targets, [self.data.prompt(row, g) for row, g in zip(rows, generators, strict=True)])
+
+    def drawn(self, step: int, indices: Sequence[int]) -> tuple[list[int], list[torch.Generator]]:
+        return [self.row(i) for i in indices], [self.run.generator(step, i, "data") for i in indices]
+
+    def read(self, step: int, indices: Sequence[int]) -> list[Future]:
+        """Begins to read them, while the networks are at work on others."""
+        return [self.pool.submit(self.example, *one) for one in zip(*self.drawn(step, indices), strict=True)]
 
     def example(self, row: int, generator: torch.Generator) -> Example:
         return self.data.example(row, self.buckets.size(row) if self.buckets else self.size, generator)

@@ -293,7 +293,7 @@ class Data:
         return self.aligned(contexts, prompts) if self.cfg.alignit else contexts
 
     def aligned(self, contexts: Tensor, prompts: list) -> Tensor:
-        """The concept's rows of contexts [b, L, S, 2 D], all others the base's: what AlignIT infuses (alignit.py)."""
+        """The concept's rows of contexts [b, L, S, 2 D], all others the base's, as AlignIT infuses them."""
         is_concept = torch.zeros(len(contexts), 1, contexts.shape[2], 1, dtype=torch.bool)
         for row, (tokens, *_) in zip(is_concept, prompts, strict=True):
             for _, start in tokens.spans:

@@ -11,9 +11,10 @@ object, a background and, in half of them, a count, from three seeds, the same n
 - base: the base model, with the class noun
 - customised: what was trained
 - alignit
-- oracle: the base's U-Net with the concept's keys and values alone (customisers of weights only)
+- oracle: the base's U-Net with the concept's keys and values alone, where a customiser changes more than text, keys and
+  values; else that is what AlignIT does already
 - control, random rows: random token embeddings in the concept's place
-- control, noun's rows: AlignIT at strength 0, the base's own arm where a customiser changes text alone
+- control, noun's rows: AlignIT at strength 0; without such a customiser, this is the base
 
 "others" is the share of second objects, backgrounds and counts that are right. "identity" is the mean cosine of the
 identity judge with the concept's pictures; since that judge embeds whole pictures, it is taken of four prompts of its
@@ -60,7 +61,7 @@ CUSTOMISERS = {
     "lora": ("customize", "customize/emoji_lora", {}),
     "dreambooth": ("customize", "customize/emoji_dreambooth", {}),
 }
-CHANGES_WEIGHTS = ("custom_diffusion", "lora", "dreambooth")
+CHANGES_MORE = ("lora", "dreambooth")  # than text, keys and values: what AlignIT cannot give back
 
 
 def key(customiser: str, tier: str, number: int) -> dict:
@@ -162,7 +163,7 @@ def arms(customiser: str, base, customized: Customized) -> dict:
         "customised": (customized.pipe, customized.plain(), concept.phrase),
         "alignit": (customized.pipe, customized.aligned(), concept.phrase),
     }
-    if customiser in CHANGES_WEIGHTS:
+    if customiser in CHANGES_MORE:
         found["oracle"] = (base, alignit(base, [concept], custom=customized.pipe), concept.phrase)
         found["control, noun's rows"] = (customized.pipe, customized.aligned(strength=0.0), concept.phrase)
     return found
@@ -211,7 +212,7 @@ def run_cell(customiser: str, tier: str, number: int, mixed_precision: str) -> N
     customized = load(own, train(customiser, tier, number, mixed_precision))
     found = base_figures(base, customized.concept.noun, tier, number, mixed_precision)
     found |= {arm: figures(*how, tier, number) for arm, how in arms(customiser, base, customized).items()}
-    # at strength 0, where only text differs, the embeddings are the base's, bit for bit (tests/test_alignit.py)
+    # at strength 0 all keys and values are the base's, bit for bit (tests/test_alignit.py), and here all else is, too
     found.setdefault("control, noun's rows", found["base"])
     cell = key(customiser, tier, number) | {"mixed_precision": mixed_precision, "arms": found}
     cell["commit"] = subprocess.run(

@@ -10,7 +10,7 @@ data, noise and number of steps. A cell trains by the trainer's own command line
 controllability`. It is found again by condition, arm, seed, config and the hash of the world's weights, so only what is
 missing is run. Cells train and draw in bfloat16, or as --mixed_precision says: take one for all arms of a seed. On one
 idle core a first stage costs eleven minutes and more, an arm six, its evaluation three (three times that in float32):
-about two hours for a condition, one and a half more for segmentation's controls and thresholds.
+two hours for all arms of a condition and a seed.
 """
 
 import hashlib
@@ -36,24 +36,32 @@ FIRST_STAGE, STEPS = "first stage", 500  # updates of every arm behind the first
 NUMBER = 256  # images of the evaluation
 
 NO_REWARD, SAME_TIME, REWARD = "no reward", "no reward, time of the reward", "reward"
+LAMBDA_0, DETACHED, OTHER = "control: lambda 0", "control: detached", "control: other labels"
 ARMS = {
     FIRST_STAGE: {"reward_weight": 0},
     NO_REWARD: {"reward_weight": 0},
     REWARD: {},
     SAME_TIME: {"reward_weight": 0},
-}
-SEGMENTATION_ARMS = ARMS | {
     "reward, t <= 100": {"reward_timesteps": "[0, 100]"},
     "reward, t <= 400": {"reward_timesteps": "[0, 400]"},
     "reward, all t": {"reward_timesteps": "[0, 999]"},
-    "control: lambda 0": {"reward_weight": 0},  # has to be `no reward`, bit for bit
-    "control: detached": {"condition.name": "tests.benchmarks.controls:DetachedSegmentation"},  # this, too
-    "control: other labels": {"condition.name": "tests.benchmarks.controls:PermutedSegmentation"},
+    LAMBDA_0: {"reward_weight": 0},  # has to be `no reward`, bit for bit
+    DETACHED: {},  # this, too
+    OTHER: {},
+}
+CONTROLS = {  # conditions in tests/benchmarks/controls.py
+    "segmentation": {DETACHED: "DetachedSegmentation", OTHER: "PermutedSegmentation"},
+    "depth": {DETACHED: "DetachedDepth", OTHER: "MirroredDepth"},
+    "lineart": {DETACHED: "DetachedLineArt", OTHER: "MirroredLineArt"},
 }
 
 
 def arms_of(condition: str) -> dict[str, dict]:
-    return SEGMENTATION_ARMS if condition == "segmentation" else ARMS
+    """Name -> what it has other than the config."""
+    controls = {
+        arm: {"condition.name": f"tests.benchmarks.controls:{name}"} for arm, name in CONTROLS[condition].items()
+    }
+    return ARMS | controls
 
 
 def config_of(condition: str) -> Path:
@@ -292,7 +300,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run the cells that are missing")
     parser.add_argument("--card", action="store_true", help="write tables and strips to results/controlnetpp_emoji.md")
     parser.add_argument("--condition", choices=CONDITIONS, action="append")
-    parser.add_argument("--arm", choices=list(SEGMENTATION_ARMS), action="append")
+    parser.add_argument("--arm", choices=list(ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument(
         "--mixed_precision",
@@ -308,7 +316,7 @@ def main() -> None:
             for condition in args.condition or CONDITIONS:
                 # an arm needs the first stage, the one of equal time also the two that it is timed by: in this order
                 for arm in arms_of(condition):
-                    if arm in (args.arm or SEGMENTATION_ARMS) and not find(condition, arm, seed):
+                    if arm in (args.arm or ARMS) and not find(condition, arm, seed):
                         run_cell(condition, arm, seed, args.mixed_precision)
     conditions = args.condition or CONDITIONS
     print("\n\n".join(f"{table(condition)}\n\n{gains(condition)}" for condition in conditions))

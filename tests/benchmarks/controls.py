@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.conditions.depth import Depth
+from alignkit.conditions.edges import LineArt
 from alignkit.conditions.segmentation import IGNORE, Segmentation
 from alignkit.rewards.aesthetic import Aesthetic
 from alignkit.rewards.alignment import Alignment
@@ -39,12 +41,39 @@ class PermutedSegmentation(Segmentation):
         return super().compare(predicted, torch.where(targets == IGNORE, IGNORE, exchanged[targets % self.num_classes]))
 
 
-class DetachedSegmentation(Segmentation):
-    """The cross-entropy with a gradient that is too small to change the last bit of the diffusion loss's.
+class Mirrored:
+    """Asks for the mirror image of what the ControlNet is shown."""
 
-    A loss with no gradient at all is refused by the probe before training starts.
+    def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        return super().compare(predicted, targets.flip(-1))
+
+
+class MirroredDepth(Mirrored, Depth):
+    pass
+
+
+class MirroredLineArt(Mirrored, LineArt):
+    pass
+
+
+class Detached:
+    """The consistency loss with a gradient that is too small to change the last bit of the diffusion loss's.
+
+    One with no gradient at all is refused by the probe before training starts.
     """
 
     def compare(self, predicted: Tensor, targets: Tensor) -> Tensor:
         hidden = predicted.detach()
         return super().compare(hidden + 1e-30 * (predicted - hidden), targets)
+
+
+class DetachedSegmentation(Detached, Segmentation):
+    pass
+
+
+class DetachedDepth(Detached, Depth):
+    pass
+
+
+class DetachedLineArt(Detached, LineArt):
+    pass
