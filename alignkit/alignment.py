@@ -40,7 +40,7 @@ def draw(
     pipe, context, phrase = _arm(arm, base, customized, options)
     with context:
         images = [
-            _sample(pipe, prompt.format(phrase), settings, settings.seed + i)
+            _sample(pipe, prompt.replace("{}", phrase), settings, settings.seed + i)
             for prompt in prompts
             for i in range(settings.images_per_prompt)
         ]
@@ -53,7 +53,7 @@ def record(
     """Of one picture of one prompt: what the conditional row's layers read and look at in a real sampling run."""
     pipe, context, phrase = _arm(arm, base, customized, options)
     with context, record_attention(pipe.unet) as found:
-        _sample(pipe, prompt.format(phrase), settings, settings.seed)
+        _sample(pipe, prompt.replace("{}", phrase), settings, settings.seed)
     return found
 
 
@@ -101,12 +101,12 @@ def other_rows(base: Any, customized: Customized, prompt: str) -> list[tuple[int
     """Pairs of rows, in the base's run and in the other's, of every token but the concept's."""
     concept = customized.concept
     start = prompt.index("{}")
-    first, stop = token_rows(base, prompt.format(concept.noun), start, start + len(concept.noun))
+    first, stop = token_rows(base, prompt.replace("{}", concept.noun), start, start + len(concept.noun))
     window = base.tokenizer.model_max_length
     if concept.learned is not None:
         count = concept.learned.module.num_vectors
     else:
-        one = token_rows(customized.pipe, prompt.format(concept.phrase), start, start + len(concept.phrase))
+        one = token_rows(customized.pipe, prompt.replace("{}", concept.phrase), start, start + len(concept.phrase))
         count = one[1] - one[0]
     shift = count - (stop - first)
     behind = [(row, row + shift) for row in range(stop, window) if row + shift < window]
@@ -202,5 +202,5 @@ def manipulation(
             progress(f"keys of {keys!r}, values of {values!r}")
             concept = Concept(keys, keys, dummy=prompt, values_from=values)
             with alignit(pipe, [concept]):
-                images.append(_sample(pipe, prompt.format(keys), settings, settings.seed))
+                images.append(_sample(pipe, prompt.replace("{}", keys), settings, settings.seed))
     return torch.cat(images)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignkit.attention import unwrapped
 from alignkit.emoji import resolve
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -370,8 +371,9 @@ def _lora_factors(network: nn.Module, path: str | os.PathLike) -> dict[str, tupl
 
 
 def network_of(pipe_or_network: Any) -> nn.Module:
-    """The U-Net or the transformer of a pipeline, or what it was given."""
-    return getattr(pipe_or_network, "unet", None) or getattr(pipe_or_network, "transformer", pipe_or_network)
+    """The U-Net or the transformer of a pipeline, or what it was given; where that was compiled, what lies below."""
+    network = getattr(pipe_or_network, "unet", None) or getattr(pipe_or_network, "transformer", pipe_or_network)
+    return unwrapped(network)
 
 
 def _network_name(network: nn.Module) -> str:

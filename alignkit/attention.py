@@ -37,6 +37,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from alignkit.adapters import only_adapters
+
 ContextSource = Callable[[Tensor, Tensor], Tensor | None]
 """(encoder_hidden_states [B, S, D], timestep [B]) -> contexts, broadcastable to [B, L, S', 2 D]; None: the plain text.
 
@@ -64,7 +66,7 @@ def text_layers(denoiser: nn.Module) -> list[str]:
     and NeTI count them; SDXL has 11, whose one to ten transformer blocks read the same text.
     Raises ValueError where text reaches attention in another way.
     """
-    denoiser = _unwrap(denoiser)
+    denoiser = unwrapped(denoiser)
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, Transformer2DModel)]
     reading = [name for name, module in denoiser.named_modules() if _reads_text(module)]
     outside = [name for name in reading if not any(name.startswith(f"{layer}.") for layer in layers)]
@@ -95,7 +97,7 @@ def context_bank(
     Raises ValueError for a network that cannot take a bank; RuntimeError when one is attached already, and at the next
     call when the attention modules were exchanged meanwhile (an adapter loaded or unloaded, projections fused).
     """
-    inner = _unwrap(denoiser)
+    inner = unwrapped(denoiser)
     own = text_layers(inner)
     layers = own if layers is None else list(layers)
     missing = [name for name in own if name not in layers]
@@ -212,7 +214,7 @@ def _reads_text(module: nn.Module) -> bool:
     return isinstance(module, Attention) and module.is_cross_attention
 
 
-def _unwrap(denoiser: nn.Module) -> nn.Module:
+def unwrapped(denoiser: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`."""
     return getattr(denoiser, "_orig_mod", denoiser)
 
@@ -253,7 +255,7 @@ def projection_pairs(
     if base is not None and custom is not None:
         raise ValueError("Pass the base network or the customised one beside the one that runs, not both.")
     pairs = []
-    for name, attention in _unwrap(denoiser).named_modules():
+    for name, attention in unwrapped(denoiser).named_modules():
         if not _reads_text(attention):
             continue
         if getattr(attention, "fused_projections", False):
@@ -338,22 +340,9 @@ class SomeAdapters(nn.Module):
             return self.layer.forward(x)
 
 
-@contextmanager
-def only_adapters(layer: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Inside, these of the adapters of a layer of peft are active, frozen; afterwards those that were, as they were."""
-    active, trained = list(layer.active_adapters), [p for p in layer.parameters() if p.requires_grad]
-    layer.set_adapter(adapters, inference_mode=True)
-    try:
-        yield
-    finally:
-        layer.set_adapter(active, inference_mode=True)
-        for parameter in trained:
-            parameter.requires_grad_()
-
-
 def _same_layer(other: nn.Module, name: str, attention: Attention) -> Attention:
     """The layer of that name in another network."""
-    found = dict(_unwrap(other).named_modules()).get(name)
+    found = dict(unwrapped(other).named_modules()).get(name)
     # not by the weights, which are packed where they have 4 bits
     shapes = [None if a is None else [[m.out_features, m.in_features] for m in (_plain(a, "to_k"), _plain(a, "to_v"))]
               for a in (attention, found)]  # fmt: skip
@@ -388,7 +377,7 @@ def record_attention(denoiser: nn.Module, row: int = -1) -> Iterator[AttentionRe
     `row`: -1 is the conditional half's last. Enter it after a context bank, whose work it is then to see. The record is
     complete when the block is left; maps assume unmasked softmax attention, which is what stock U-Nets have.
     """
-    denoiser, record = _unwrap(denoiser), AttentionRecord()
+    denoiser, record = unwrapped(denoiser), AttentionRecord()
     sums: dict[tuple[str, str], Tensor] = {}
     now: dict[str, Tensor] = {}
     sizes: list[tuple[int, int]] = []

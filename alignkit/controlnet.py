@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from alignkit.artifacts import atomic, load_tensors, refuse_pickles, save_tensors
+from alignkit.attention import unwrapped
 from alignkit.base import Base, require_finite
 from alignkit.config import differences
 from alignkit.emoji import resolve
@@ -62,7 +63,7 @@ class Kind:
 
 def kind_of(network: nn.Module) -> Kind:
     """ValueError for a network that has none."""
-    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    network = unwrapped(network)
     for cls, kind in KINDS.items():
         if isinstance(network, cls):
             return kind

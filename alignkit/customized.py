@@ -34,6 +34,7 @@ from alignkit.artifacts import (
     save_json,
     save_tensors,
 )
+from alignkit.attention import unwrapped
 from alignkit.emoji import resolve
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
@@ -44,7 +45,7 @@ DUMMY = "a photo of {}"
 
 def cross_attention(unet: nn.Module) -> dict[str, Attention]:
     """The layers that read text, by name ("down_blocks.0.attentions.0.transformer_blocks.0.attn2")."""
-    return {n: m for n, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
+    return {n: m for n, m in unwrapped(unet).named_modules() if isinstance(m, Attention) and m.is_cross_attention}
 
 
 def base_layer(projection: nn.Module) -> nn.Module:
@@ -91,7 +92,7 @@ def load_custom_diffusion(pipe_or_unet: Any, path: str | Path) -> None:
     """
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 
-    unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
+    unet = unwrapped(getattr(pipe_or_unet, "unet", pipe_or_unet))
     path = Path(path)
     path = path / CUSTOM_DIFFUSION_WEIGHTS if path.is_dir() else path
     weights = {key: tensor for key, tensor in load_tensors(path).items() if tensor.numel()}

@@ -437,7 +437,7 @@ def alignment(
         }
         records[arm] = parts.record(arm, base, customized, asked[0], settings)
         own = customized.concept
-        text = asked[0].format(own.noun if arm == "base" else own.phrase)
+        text = asked[0].replace("{}", own.noun if arm == "base" else own.phrase)
         tokens[arm] = parts.prompt_tokens(customized.pipe, text, None if arm == "base" else own)
     rows = parts.other_rows(base, customized, asked[0])
     leaks = {arm: parts.leak(records["base"], records[arm], rows) for arm in parts.ARMS[1:]}

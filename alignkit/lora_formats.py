@@ -65,6 +65,18 @@ _FLUX = {
 }
 
 
+# The original code's names of SDXL's modules, in a residual block and outside of all blocks.
+_SDXL_RESNET = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_SDXL_ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+
+
 class Network(NamedTuple):
     """What names depend on of the network that a LoRA is for."""
 
@@ -201,6 +213,8 @@ def _from_diffusers(tensors: dict[str, Tensor], header: dict, path: Path) -> Lor
 def _from_kohya(tensors: dict[str, Tensor], network: Network, path: Path) -> Lora:
     lora: Lora = {}
     known = _kohya_layers(network)
+    if network.is_xl:  # other trainers write its modules as diffusers calls them
+        known |= {_underscored(module): [f"unet.{module}"] for module in network.layers}
     for key in sorted({key.partition(".")[0] for key in tensors}):
         names = known.get(key) or _text_layer(key)
         down, up, alpha = (tensors.pop(f"{key}.{end}", None) for end in ("lora_down.weight", "lora_up.weight", "alpha"))
@@ -234,15 +248,31 @@ def _kohya_layers(network: Network) -> dict[str, list[str]]:
 
 
 def _unet_name(module: str, network: Network) -> str:
-    """SDXL's blocks are numbered as in the original code, in one row with what lies between."""
-    if network.is_xl:
-        length = network.layers_per_block + 1  # down, the layers and what halves the size; up blocks have a layer more
-        block = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)", module)
-        if block:
-            side, number, rest = block[1], length * int(block[2] or 0) + int(block[3]), block[4]
-            row = {"down": f"input_blocks.{number + 1}", "mid": "middle_block", "up": f"output_blocks.{number}"}[side]
-            module = f"{row}.1.{rest}"
+    return _underscored(_sdxl_name(module, network.layers_per_block) if network.is_xl else module)
+
+
+def _underscored(module: str) -> str:
     return f"lora_unet_{module.replace('.', '_')}"
+
+
+def _sdxl_name(module: str, layers_per_block: int) -> str:
+    """As in the original code, which numbers blocks in one row with what lies between."""
+    block = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", module)
+    if not block:
+        return _SDXL_ENDS[module]
+    side, number, kind, layer, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
+    length = layers_per_block + 1  # down, the layers and what halves the size; up blocks have a layer more
+    if kind == "downsamplers":
+        return f"input_blocks.{length * (number + 1)}.0.op"
+    if kind == "upsamplers":  # behind the last layer's residual block and attention
+        return f"output_blocks.{length * (number + 1) - 1}.2.{rest}"
+    if side == "mid":
+        row = f"middle_block.{1 if kind == 'attentions' else 2 * layer}"
+    else:
+        number = length * number + layer
+        row = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
+        row += ".1" if kind == "attentions" else ".0"
+    return f"{row}.{_SDXL_RESNET[rest] if kind == 'resnets' else rest}"
 
 
 def _text_name(name: str, network: Network) -> str:

@@ -241,6 +241,7 @@ def test_a_base_is_known_in_every_precision_and_from_another(pipe):
     said = fingerprint(pipe.unet)
     for dtype in (torch.bfloat16, torch.float16):
         assert fingerprint(copy.deepcopy(pipe.unet).to(dtype)) == said
+    assert fingerprint(torch.compile(pipe.unet)) == said
     projection = next(iter(cross_attention(pipe.unet).values())).to_v
     projection.weight.data[0, 0].neg_()
     assert fingerprint(pipe.unet) != said

@@ -1,5 +1,6 @@
 """Mapper, text with vectors in it, concepts in stock pipelines, and their files."""
 
+import copy
 import json
 import math
 import warnings
@@ -21,10 +22,13 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from peft import LoraConfig as PeftConfig
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import alignkit
+from alignkit.adapters import adapted_layers
 from alignkit.alignit import alignit
 from alignkit.attention import text_layers
 from alignkit.base import load_base
@@ -535,6 +539,20 @@ def test_sdxl_files(sdxl, tmp_path):
         assert torch.equal(read.module.vectors, concept.module.vectors) and read.widths == [8, 12]
 
 
+def test_sdxl_in_a_file_for_each_encoder(sdxl, tmp_path):
+    """As diffusers' textual_inversion_sdxl.py leaves them, with the step in their names or not."""
+    first, second = torch.randn(1, 8), torch.randn(1, 12)
+    for steps in ("", "-steps-500"):
+        save_file({"<x>": first}, tmp_path / f"learned_embeds{steps}.safetensors")
+        save_file({"<x>": second}, tmp_path / f"learned_embeds_2{steps}.safetensors")
+        (read,) = load(tmp_path / f"learned_embeds{steps}.safetensors", super_category_token="b").concepts
+        read.check(sdxl)
+        assert read.placeholder_token == "<x>" and torch.equal(read.module.vectors[0], torch.cat([first, second], 1))
+    save_file({"<y>": second}, tmp_path / "learned_embeds_2.safetensors")
+    with pytest.raises(ValueError, match="expected <x> for SDXL's second text encoder, got .'<y>'"):
+        load(tmp_path / "learned_embeds.safetensors")
+
+
 def test_different_prompts_for_the_two_encoders(sdxl):
     concept = create("neti", sdxl, "<thing>", "b", hidden_size=8, num_frequencies=16)
     with Concepts([concept]).applied(sdxl):
@@ -555,6 +573,45 @@ def test_clip_skip(sdxl, aligned):
     with alignit(sdxl, loaded, source="prompt") if aligned else loaded.applied(sdxl):
         assert torch.allclose(sdxl("a <x> c", clip_skip=1, latents=noise(1), **XL).images, skipped, atol=1e-5)
         assert torch.allclose(sdxl("a <x> c", latents=noise(1), **XL).images, plain, atol=1e-5)
+
+
+@pytest.fixture
+def adapted(sdxl):
+    """The same, with a LoRA in its first text encoder."""
+    encoder = copy.deepcopy(sdxl.text_encoder)
+    encoder.add_adapter(PeftConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for layer in adapted_layers(encoder):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
+    pipe = StableDiffusionXLPipeline(**sdxl.components | {"text_encoder": encoder}, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_scale_of_a_lora_in_the_text_encoder(adapted, aligned):
+    """With the noun's own vector it is the picture of the noun at every scale, also one after the other."""
+    scales = (1.0, 0.3, 0.0, 1.0)
+    drawn = [
+        adapted("a b c", cross_attention_kwargs={"scale": scale}, latents=noise(1), **XL).images for scale in scales
+    ]
+    assert torch.equal(drawn[0], drawn[3]) and not torch.allclose(drawn[0], drawn[1], atol=1e-2)
+    loaded = Concepts([create("textual_inversion", adapted, "<x>", "b")])
+    block = alignit(adapted, loaded, source="prompt", base_adapters=["default"]) if aligned else loaded.applied(adapted)
+    with block:
+        for scale, expected in zip(scales, drawn, strict=True):
+            ours = adapted("a <x> c", cross_attention_kwargs={"scale": scale}, latents=noise(1), **XL).images
+            assert torch.allclose(ours, expected, atol=1e-4), scale
+
+
+def test_another_weight_of_a_lora_inside(adapted):
+    """What was encoded with the old one is not read again."""
+    with Concepts([create("textual_inversion", adapted, "<x>", "b")]).applied(adapted):
+        before = adapted("a <x> c", latents=noise(1), **XL).images
+        for layer in adapted_layers(adapted.text_encoder):
+            layer.set_scale("default", 0.3)
+        inside = adapted("a <x> c", latents=noise(1), **XL).images
+    assert not torch.allclose(before, inside, atol=1e-4)
+    assert torch.allclose(inside, adapted("a b c", latents=noise(1), **XL).images, atol=1e-5)
 
 
 @pytest.mark.parametrize("aligned", [False, True])

@@ -65,7 +65,7 @@ def config(tiny_model, images, tmp_path):
             "random_init": True,
             "instance_data_dir": str(images),
             "class_noun": "dog",
-            "templates": ["a {}", "one {}"],
+            "templates": ["a {}", "one {small} {}"],
             "validation_prompts": ["a {}"],
             "num_class_images": 3,
             "num_inference_steps": 2,
@@ -221,6 +221,25 @@ def test_bf16_base_and_everything_else_at_once(config):
         assert (folder / "samples" / "000001_validation.png").exists() and (folder / "README.md").exists()
 
 
+def test_an_image_of_the_class_goes_with_the_prompt_that_drew_it():
+    """The base's own; of a user's nobody knows."""
+    latents = torch.arange(5.0).expand(2, 5)[..., None, None, None]
+    generator = torch.Generator().manual_seed(0)
+    for drawn in (True, False):
+        examples = customize.Examples(latents, ["a", "b"], drawn)
+        pairs = {(int(x), prompt) for x, prompt in (examples.draw(generator, True) for _ in range(200))}
+        own = {(i, "ab"[i % 2]) for i in range(5)}
+        assert pairs == own if drawn else len(pairs) == 10
+
+
+def test_captions_and_masks_are_told_of(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.txt").write_text("a <thing> on a table")
+    with pytest.warns(UserWarning, match="has captions or masks, which training/neti.py reads"):
+        assert [path.name for path in customize.image_files(tmp_path, 32)] == ["0.png", "1.png", "2.png"]
+
+
 def test_min_snr_and_offset_noise_reach_the_loss(config, tiny_model):
     base = load_base(tiny_model, random_init=True)
     run, examples = Run(config()), customize.Examples(torch.zeros(2, 1, 4, 8, 8), ["a dog"])
@@ -238,9 +257,9 @@ def test_min_snr_and_offset_noise_reach_the_loss(config, tiny_model):
 
 
 def run_timestep(run: Run, index: int, base) -> torch.Tensor:
-    """What `denoising_loss` draws for a sample behind its mirror image, its example and its noise."""
+    """What `denoising_loss` draws for a sample behind its mirror image, its example, its prompt and its noise."""
     generator = run.generator(0, index, "instance")
-    for high in (2, 1):
+    for high in (2, 1, 1):
         torch.randint(high, (), generator=generator)
     torch.randn(4, 8, 8, generator=generator)
     return torch.randint(base.schedule.num_train_timesteps, (), generator=generator)

@@ -18,7 +18,21 @@ from alignkit.lora_formats import PARTS, _kohya_layers, _network_of, _text_name,
 from tests.test_families import thin
 
 ENDS = {
-    "unet": ("attn2.to_q", "attn1.to_out.0", "ff.net.0.proj", "attentions.0.proj_in"),
+    "unet": (
+        "attn2.to_q",
+        "attn1.to_out.0",
+        "ff.net.0.proj",
+        "attentions.0.proj_in",
+        "resnets.0.conv1",
+        "resnets.0.conv2",
+        "time_emb_proj",
+        "conv_shortcut",
+        "samplers.0.conv",
+        "conv_in",
+        "conv_out",
+        "embedding.linear_1",
+        "embedding.linear_2",
+    ),
     "transformer": ("attn.to_q", "attn.to_v", "attn.to_out.0", "add_k_proj", "ff.net.2", "norm1_context.linear"),
     "text": ("q_proj", "out_proj", "mlp.fc1"),
 }
@@ -167,6 +181,23 @@ def test_names_are_those_of_diffusers_own_converter(folders, tmp_path):
     assert_updates(one, two)
 
 
+def test_sdxl_as_other_trainers_name_it(folders, tmp_path):
+    """kohya's prefix before diffusers' blocks: what diffusers' own converter writes."""
+    pipe = pipeline(folders["sdxl"])
+    write_lora(pipe, tmp_path / "lora")
+    original = load_file(tmp_path / "lora" / LORA_WEIGHTS)
+    theirs = {}
+    for key, tensor in original.items():
+        part, _, module = key.removesuffix(".weight").partition(".")
+        if part == "unet":
+            module, _, side = module.rpartition(".lora.")
+            theirs[f"lora_unet_{module.replace('.', '_')}.lora_{side}.weight"] = tensor
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    back = load_file(convert_lora(tmp_path / "theirs.safetensors", tmp_path / "back", "diffusers", folders["sdxl"]))
+    unet = {key: tensor for key, tensor in original.items() if key.startswith("unet.")}
+    assert back.keys() == unet.keys() and all(torch.equal(back[key], tensor) for key, tensor in unet.items())
+
+
 def test_sdxls_blocks_are_numbered_as_in_the_original_code():
     """Row of the original: conv_in 0, (resnet, resnet, downsampler) 1 to 3, block 1 from 4 on, block 2 from 7 on."""
     unet = _network_of("sdxl")
@@ -177,6 +208,13 @@ def test_sdxls_blocks_are_numbered_as_in_the_original_code():
         "mid_block.attentions.0.transformer_blocks.0.ff.net.2": "middle_block_1_transformer_blocks_0_ff_net_2",
         "up_blocks.0.attentions.2.proj_out": "output_blocks_2_1_proj_out",
         "up_blocks.1.attentions.0.proj_out": "output_blocks_3_1_proj_out",
+        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks_4_0_skip_connection",
+        "down_blocks.1.downsamplers.0.conv": "input_blocks_6_0_op",
+        "mid_block.resnets.1.conv2": "middle_block_2_out_layers_3",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks_5_2_conv",
+        "up_blocks.2.resnets.2.time_emb_proj": "output_blocks_8_0_emb_layers_1",
+        "conv_out": "out_2",
+        "add_embedding.linear_2": "label_emb_0_2",
     }.items():
         assert names[f"unet.{module}"] == f"lora_unet_{expected}"
     te = "text_model.encoder.layers.3.mlp.fc2"

@@ -23,7 +23,7 @@ Where the authors' codes differ, this follows the papers:
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -141,22 +141,23 @@ def train(cfg: Config) -> Path:
     if cfg.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     side = min(base.image_size(cfg.resolution, cfg.resolution))
-    instance_images = read_images(cfg.instance_data_dir, side)
+    instance_images = [load_image(path, side) for path in image_files(cfg.instance_data_dir, side)]
     text = Text(base, cfg)
-    base.check_prompts([t.format(p) for t in cfg.templates for p in (cfg.phrase, cfg.class_noun)])
-    base.check_prompts([prompt.format(cfg.phrase) for prompt in cfg.validation_prompts])
+    base.check_prompts([t.replace("{}", p) for t in cfg.templates for p in (cfg.phrase, cfg.class_noun)])
+    base.check_prompts([prompt.replace("{}", cfg.phrase) for prompt in cfg.validation_prompts])
 
-    instances = Examples(encode(base, instance_images), [t.format(cfg.phrase) for t in cfg.templates])
+    instances = Examples(encode(base, instance_images), [t.replace("{}", cfg.phrase) for t in cfg.templates])
     classes = None
     if cfg.with_prior_preservation:
         class_latents = encode(base, class_images(run, cfg, base, side))
-        classes = Examples(class_latents, [t.format(cfg.class_noun) for t in cfg.templates])
+        prompts = [t.replace("{}", cfg.class_noun) for t in cfg.templates]
+        classes = Examples(class_latents, prompts, drawn=cfg.class_data_dir is None)
     before = draw(cfg, base, text, cfg.class_noun)
 
     params = trained_parameters(cfg, base, text)
     run.prepare(params)
     if run.position == 0:
-        run.show(0, "instance_images", instance_images)
+        run.show(0, "instance_images", torch.stack(instance_images))
         run.show(0, "base", before, validation_prompts(cfg, cfg.class_noun))
 
     for step in run.steps():
@@ -259,21 +260,30 @@ class Text:
 
 @dataclass
 class Examples:
-    """Latents of the images and of their mirror images, [2, N, C, h, w], and the prompts that go with any of them."""
+    """Latents of the images and of their mirror images, [2, N, C, h, w], and the prompts that go with any of them.
+
+    `drawn`: images of the base, of which the i-th was drawn by prompt i, starting over at the end, and goes with that.
+    """
 
     latents: Tensor
     prompts: list[str]
+    drawn: bool = False
+
+    def draw(self, generator: torch.Generator, flip: bool) -> tuple[Tensor, str]:
+        view = int(torch.randint(2, (), generator=generator)) if flip else 0
+        i = int(torch.randint(self.latents.shape[1], (), generator=generator))
+        number = i if self.drawn else int(torch.randint(len(self.prompts), (), generator=generator))
+        return self.latents[view, i], self.prompts[number % len(self.prompts)]
 
 
-def encode(base: Base, images: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [2, N, C, h, w], on the device: mirrored latents are not the latents of mirrored images."""
-    with torch.no_grad():
-        device = base.vae.device
-        views = [[], []]
-        for image in images.split(1):  # one at a time: hundreds of images of SDXL's size are gigabytes
-            for latents, view in zip(views, (image, image.flip(-1)), strict=True):
-                latents.append(base.encode(view.to(device)).float())
-        return torch.stack([torch.cat(latents) for latents in views])
+@torch.no_grad()
+def encode(base: Base, images: Iterable[Tensor]) -> Tensor:
+    """Of [3, H, W] each, [2, N, C, h, w] on the device: mirrored latents are not the latents of mirrored images."""
+    views = [[], []]
+    for image in images:  # one at a time: hundreds of images of SDXL's size are gigabytes
+        for latents, view in zip(views, (image, image.flip(-1)), strict=True):
+            latents.append(base.encode(view[None].to(base.vae.device)).float())
+    return torch.stack([torch.cat(latents) for latents in views])
 
 
 def denoising_loss(
@@ -283,11 +293,11 @@ def denoising_loss(
     x_0, noise, timestep, prompts = [], [], [], []
     for index in indices:
         generator = run.generator(step, index, tag)
-        view = int(torch.randint(2, (), generator=generator)) if cfg.random_flip else 0
-        x_0.append(examples.latents[view, torch.randint(examples.latents.shape[1], (), generator=generator)])
-        noise.append(draw_noise(x_0[-1].shape, generator, cfg.noise_offset))
+        latents, prompt = examples.draw(generator, cfg.random_flip)
+        x_0.append(latents)
+        noise.append(draw_noise(latents.shape, generator, cfg.noise_offset))
         timestep.append(torch.randint(base.schedule.num_train_timesteps, (), generator=generator))
-        prompts.append(examples.prompts[int(torch.randint(len(examples.prompts), (), generator=generator))])
+        prompts.append(prompt)
     x_0, noise, timestep = torch.stack(x_0), torch.stack(noise).to(run.device), torch.stack(timestep).to(run.device)
     output = base.forward(base.schedule.add_noise(x_0, noise, timestep), timestep, text.encode(prompts))
     target = base.schedule.target(x_0, noise, timestep)
@@ -298,18 +308,20 @@ def denoising_loss(
 # Pictures
 
 
-def read_images(folder: str | Path, side: int) -> Tensor:
-    """[N, 3, side, side] in [0, 1]. What is odd but harmless is warned of."""
+def image_files(folder: str | Path, side: int) -> list[Path]:
+    """Those that can be read, in the order of their names. What is odd but harmless is warned of."""
     images, odd = read_concept_images(folder, side)
+    if any(image.caption or image.mask for image in images):
+        odd = [*odd, f"{folder} has captions or masks, which training/neti.py reads: here templates are the captions."]
     for line in odd:
         warnings.warn(line, stacklevel=2)
-    return torch.stack([load_image(image.path, side) for image in images])
+    return [image.path for image in images]
 
 
-def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
-    """The user's, or the base's own, drawn once for these settings; [N, 3, H, W]."""
+def class_images(run: Run, cfg: Config, base: Base, side: int) -> Iterable[Tensor]:
+    """The user's, or the base's own, drawn once for these settings; [3, H, W] each."""
     if cfg.class_data_dir:
-        return read_images(cfg.class_data_dir, side)
+        return (load_image(path, side) for path in image_files(cfg.class_data_dir, side))
     if cfg.dry_run:
         return torch.cat([images for _, images in drawn_of_class(cfg, base, side, min(2, cfg.num_class_images))])
     folder, partial = run.output_dir / "class_images", run.output_dir / "class_images.partial"
@@ -331,7 +343,7 @@ def class_images(run: Run, cfg: Config, base: Base, side: int) -> Tensor:
                         picture.save(temporary, format="PNG")
             partial.rename(folder)
     run.accelerator.wait_for_everyone()
-    return read_images(folder, side)
+    return (load_image(folder / f"{i:04d}.png", side) for i in range(cfg.num_class_images))
 
 
 def drawn_of_class(
@@ -341,13 +353,14 @@ def drawn_of_class(
     negative = base.condition([""], side, side, negative=True)
     for start in range(done // cfg.sample_batch_size * cfg.sample_batch_size, number, cfg.sample_batch_size):
         numbers = range(start, min(start + cfg.sample_batch_size, number))
-        prompts = [cfg.templates[i % len(cfg.templates)].format(cfg.class_noun) for i in numbers]
+        prompts = [cfg.templates[i % len(cfg.templates)].replace("{}", cfg.class_noun) for i in numbers]
         yield start, sample(cfg, base, base.condition(prompts, side, side), negative, start)
 
 
 def validation_prompts(cfg: Config, phrase: str) -> list[str]:
     return [
-        cfg.validation_prompts[i % len(cfg.validation_prompts)].format(phrase) for i in range(cfg.num_validation_images)
+        cfg.validation_prompts[i % len(cfg.validation_prompts)].replace("{}", phrase)
+        for i in range(cfg.num_validation_images)
     ]
 
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignkit.alignit.adapters import active_adapters, only_base_adapters, refuse_merged, text_encoders
+from alignkit.adapters import active_adapters, only_base_adapters, refuse_merged, text_encoders
 from alignkit.alignit.checks import (
     check_concepts,
     check_customised,

@@ -8,7 +8,7 @@ import torch
 from diffusers.models import attention_processor
 from torch import nn
 
-from alignkit.alignit.adapters import MERGED, TEXT_ENCODERS, active_adapters, refuse_merged, text_encoders
+from alignkit.adapters import MERGED, TEXT_ENCODERS, active_adapters, refuse_merged, text_encoders
 from alignkit.alignit.text import Concept, find_concepts
 from alignkit.attention import ATTENTION_CACHES, BLOCK_CACHES, ProjectionPair, find_cache, text_parts
 
@@ -63,10 +63,9 @@ def check_phrases(concepts: Sequence[Concept]) -> None:
     if twice:
         raise ValueError(f"Two concepts are called {twice.pop()!r}: each needs a phrase of its own.")
     for concept in concepts:
-        if [c for _, _, c in find_concepts(concept.dummy.format(concept.phrase), concepts)] != [concept]:
+        if [c for _, _, c in find_concepts(concept.dummy_prompt, concepts)] != [concept]:
             raise ValueError(
-                f"The dummy prompt {concept.dummy.format(concept.phrase)!r} has to hold {concept.phrase!r} once and no "
-                "other concept."
+                f"The dummy prompt {concept.dummy_prompt!r} has to hold {concept.phrase!r} once and no other concept."
             )
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-from alignkit.alignit.adapters import active_adapters, only_base_adapters, refuse_merged
+from alignkit.adapters import active_adapters, only_base_adapters, refuse_merged
 from alignkit.alignit.checks import check_customised, check_encoders, check_phrases
 from alignkit.alignit.text import Concept, Prompt, Segment, Text, as_list, of_rows, with_concepts
+from alignkit.attention import unwrapped
 
 
 def _segments(pipe: Any, max_sequence_length: int) -> list[Segment]:
     """What an embedding of SD3 (CLIP's rows, then T5's) or FLUX (T5's) is made of. ValueError for other pipelines."""
-    network = getattr(pipe, "transformer", None)
-    network = getattr(network, "_orig_mod", network)  # of a compiled one
+    network = unwrapped(getattr(pipe, "transformer", None))
     if isinstance(network, SD3Transformer2DModel):
         clip = Segment(("tokenizer", "tokenizer_2"), 0, pipe.tokenizer_max_length)
         t5 = Segment(("tokenizer_3",), clip.window, max_sequence_length)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.alignit.adapters import adapted_layers, text_encoders
+from alignkit.adapters import adapter_state, text_encoders
 from alignkit.concepts.text import encode_contexts, keep_recent, prefix, tokenize, towers
 from alignkit.data import word_pattern
 
@@ -43,6 +43,10 @@ class Concept:
                 raise ValueError(f"{name}: expected words without space around them, got {value!r}.")
         if self.dummy.count("{}") != 1:
             raise ValueError(f"dummy: expected a prompt with one {{}} for the concept, got {self.dummy!r}.")
+
+    @property
+    def dummy_prompt(self) -> str:
+        return self.dummy.replace("{}", self.phrase)
 
 
 def as_concepts(concepts: Sequence[Any]) -> list[Concept]:
@@ -145,7 +149,7 @@ class Text:
         spans, end = [], 0
         for number, ((start, stop), occurrence) in enumerate(zip(rows, occurrences, strict=True)):
             concept = occurrence[2]
-            text, index = (prompt, number) if self.source == "prompt" else (concept.dummy.format(concept.phrase), 0)
+            text, index = (prompt, number) if self.source == "prompt" else (concept.dummy_prompt, 0)
             count = self.count(text, index, concept)
             order += range(end, start)
             spans.append(_Span(len(order), len(order) + count, concept, text, index))
@@ -175,8 +179,7 @@ class Text:
 
     def forget_others(self) -> None:
         """Rows of the text encoders' adapters as they were: others active, or with other weights."""
-        layers = adapted_layers(*text_encoders(self.custom))
-        adapters = [(layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
+        adapters = adapter_state(*text_encoders(self.custom))
         if adapters != self.adapters:
             self.cache.clear()
         self.adapters = adapters
@@ -236,8 +239,9 @@ class Text:
         tokens = {text: [tokenize(tower, text, learned, convert) for tower in own] for text, _ in calls}
         prompts = prefix([tokens[text] for text, _ in calls], learned)
         times = torch.tensor([time for _, time in calls], device=self.custom._execution_device)
-        clip_skip = dict(next(iter(spans))[2]).get("clip_skip") or 0
-        sides = encode_contexts(own, prompts, learned, times, self.num_layers, self.truncation, clip_skip)
+        extra = dict(next(iter(spans))[2])
+        clip_skip, lora_scale = extra.get("clip_skip") or 0, extra.get("lora_scale", 1.0)
+        sides = encode_contexts(own, prompts, learned, times, self.num_layers, self.truncation, clip_skip, lora_scale)
         found = {}
         for key, span in spans.items():
             text, index, _, time = key

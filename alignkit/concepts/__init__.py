@@ -212,7 +212,8 @@ def load(*paths: str | Path, super_category_token: str = "object", placeholder_t
     """Concepts of folders that `Concept.save` wrote, or of `learned_embeds.safetensors` files of other tools.
 
     Such a file does not say what is to stand in the placeholder's place where only one text fits: that is
-    `super_category_token`. Files of two text encoders (clip_l, clip_g) do not hold their `placeholder_token` either.
+    `super_category_token`. Files of two text encoders (clip_l, clip_g) do not hold their `placeholder_token` either;
+    where there is a file for each (learned_embeds, learned_embeds_2), the first is named here and stands for both.
     Raises ValueError for what is missing, damaged, a pickle, or not a concept.
     """
     if not paths:
@@ -247,8 +248,15 @@ def _load_module(path: Path, config: dict[str, Any]) -> Mapper | Embeddings:
 
 
 def _load_embeds(path: Path, super_category_token: str, placeholder_token: str | None) -> Concept:
-    """One vector or several for all layers: {token: [n, D]}, or {clip_l: ..., clip_g: ...} of SDXL."""
+    """One vector or several for all layers: {token: [n, D]}; of SDXL two such files, or {clip_l: ..., clip_g: ...}."""
     tensors = load_tensors(path)
+    second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))  # of diffusers' script
+    if len(tensors) == 1 and second != path and second.is_file():
+        name, others = next(iter(tensors)), load_tensors(second)
+        if set(others) != {name}:
+            raise ValueError(f"{second}: expected {name} for SDXL's second text encoder, got {sorted(others)[:5]}.")
+        placeholder_token = placeholder_token or name
+        tensors = dict(zip(TWO_ENCODERS, (tensors[name], others[name]), strict=True))
     two = set(tensors) == set(TWO_ENCODERS)
     if not two and len(tensors) != 1:
         raise ValueError(

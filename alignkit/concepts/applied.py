@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.adapters import adapter_state
 from alignkit.attention import text_layers
 from alignkit.concepts.text import Tokens, encode_contexts, find, keep_recent, substitute, tokenize, towers
 from alignkit.marker import is_marked, marked, numbered_bank, take_numbers, unmarked
@@ -25,7 +26,7 @@ from alignkit.marker import is_marked, marked, numbered_bank, take_numbers, unma
 @dataclass(frozen=True)
 class _Prompt:
     tokens: list[Tokens]  # of each text encoder
-    clip_skip: int
+    settings: tuple[int, float]  # clip_skip and lora_scale
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,20 @@ class _Source:
         self.prompts: list[_Prompt | None] = [None]
         self.numbers: dict[tuple, int] = {}
         self.cache: OrderedDict[tuple, _Contexts] = OrderedDict()
+        self.adapters: list = []
 
-    def number(self, texts: Sequence[str], clip_skip: int) -> int:
+    def forget_others(self) -> None:
+        """Contexts of the text encoders' adapters as they were: others active, or with other weights."""
+        adapters = adapter_state(*(tower.model for tower in self.towers))
+        if adapters != self.adapters:
+            self.cache.clear()
+        self.adapters = adapters
+
+    def number(self, texts: Sequence[str], settings: tuple[int, float]) -> int:
         """Of a prompt, given for each text encoder."""
         if not any(len(find(text, list(self.nouns))) > 1 for text in texts):
             return 0
-        key = (*texts, clip_skip)
+        key = (*texts, *settings)
         if key not in self.numbers:
             tokens = [
                 tokenize(tower, text, self.concepts, self.convert)
@@ -73,7 +82,7 @@ class _Source:
             ]
             if len({tuple(part.spans) for part in tokens}) > 1:
                 raise ValueError(f"A concept has to stand in the same place for both text encoders, got {texts}.")
-            self.prompts.append(_Prompt(tokens, clip_skip))
+            self.prompts.append(_Prompt(tokens, settings))
             self.numbers[key] = len(self.prompts) - 1
         return self.numbers[key]
 
@@ -100,12 +109,12 @@ class _Source:
         missing = sorted(key for key in needed if key not in self.cache)
         for concept in self.concepts.values():  # not before: an offloaded network has no device that means anything
             concept.module.to(timestep.device)
-        for clip_skip in {self.prompts[n].clip_skip for n, _ in missing}:
-            keys_of = [key for key in missing if self.prompts[key[0]].clip_skip == clip_skip]
+        for settings in {self.prompts[n].settings for n, _ in missing}:
+            keys_of = [key for key in missing if self.prompts[key[0]].settings == settings]
             times = torch.tensor([t or 0 for _, t in keys_of], device=timestep.device, dtype=torch.float32)
             prompts = [self.prompts[n].tokens for n, _ in keys_of]
             keys, values = encode_contexts(
-                self.towers, prompts, self.concepts, times, self.num_layers, self.truncation, clip_skip
+                self.towers, prompts, self.concepts, times, self.num_layers, self.truncation, *settings
             )
             for i, key in enumerate(keys_of):
                 positions = [
@@ -138,14 +147,16 @@ def _encode_prompt(original: Callable, source: _Source) -> Callable:
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        clip_skip = given.get("clip_skip") or 0
+        scale = given.get("lora_scale")
+        settings = given.get("clip_skip") or 0, 1.0 if scale is None else scale
+        source.forget_others()
 
         def numbers(*names: str) -> list[int]:
             """Of the prompts, one tuple over the text encoders each."""
             texts = [given.get(name) for name in names[: len(source.towers)]]
             texts = [text or texts[0] or "" for text in texts]
             lists = [[text] if isinstance(text, str) else list(text) for text in texts]
-            return [source.number(prompt, clip_skip) for prompt in zip(*lists, strict=True)]
+            return [source.number(prompt, settings) for prompt in zip(*lists, strict=True)]
 
         positive = numbers("prompt", "prompt_2") if given.get("prompt_embeds") is None else None
         negative = (

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignkit.adapters import scaled_adapters
 from alignkit.concepts.mapper import Vectors
 from alignkit.data import word_pattern
 
@@ -155,11 +156,13 @@ def encode_contexts(
     num_layers: int,
     truncation: Tensor | int | None = None,
     clip_skip: int = 0,
+    lora_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [N, L, S, D] of N prompts, each at its own timestep [N], with gradient to the concepts.
 
     `prompts[n][e]`: the tokens of prompt n for text encoder e. L is `num_layers`, or 1 if no vector depends on the
-    layer. `truncation`: units that a mapper keeps, [N, L] or a number.
+    layer. `truncation`: units that a mapper keeps, [N, L] or a number. `clip_skip`, `lora_scale`: as of a stock
+    pipeline's `encode_prompt`.
 
     NeTI section 4.1 with its textual bypass: keys are the text encoder's output with the token vectors in it; in the
     values, at the concept's positions only, alpha |h| times the direction of the bypass vector is added to the output
@@ -185,11 +188,12 @@ def encode_contexts(
             for name in ("input_ids", "attention_mask")
         )
         size = len(ids) if torch.is_grad_enabled() else ROWS_AT_A_TIME
-        chunks = [
-            _encode(tower, ids[i : i + size], mask[i : i + size], token[i : i + size], token_mask[i : i + size],
-                    None if bypass is None else bypass[i : i + size], clip_skip)
-            for i in range(0, len(ids), size)
-        ]  # fmt: skip
+        with scaled_adapters(lora_scale, tower.model):
+            chunks = [
+                _encode(tower, ids[i : i + size], mask[i : i + size], token[i : i + size], token_mask[i : i + size],
+                        None if bypass is None else bypass[i : i + size], clip_skip)
+                for i in range(0, len(ids), size)
+            ]  # fmt: skip
         for side, parts in zip((keys, values), zip(*chunks, strict=True), strict=True):
             side.append(torch.cat(parts).unflatten(0, (n, n_layers)))
     return torch.cat(keys, -1), torch.cat(values, -1)

@@ -1,12 +1,10 @@
-"""LoRAs of the text encoders, and which of all LoRAs are a customiser's."""
+"""LoRAs of peft in a network: which are at work, at which strength, and some of them alone."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-
-from alignkit.attention import only_adapters
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 MERGED = (
@@ -25,10 +23,44 @@ def adapted_layers(*modules: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if hasattr(layer, "base_layer") and hasattr(layer, "enable_adapters")]
 
 
+def adapter_state(*modules: nn.Module) -> list[tuple]:
+    """What differs when other LoRAs are switched on, or the same with other weights."""
+    return [
+        (layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling)) for layer in adapted_layers(*modules)
+    ]
+
+
 def active_adapters(module: nn.Module, base_adapters: Sequence[str]) -> list[str]:
     """Names of a customiser's LoRAs that are at work in a module."""
     layers = [layer for layer in adapted_layers(module) if not layer.disable_adapters]
     return sorted({name for layer in layers for name in layer.active_adapters} - set(base_adapters))
+
+
+@contextmanager
+def only_adapters(layer: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Inside, these of the adapters of a layer of peft are active, frozen; afterwards those that were, as they were."""
+    active, trained = list(layer.active_adapters), [p for p in layer.parameters() if p.requires_grad]
+    layer.set_adapter(adapters, inference_mode=True)
+    try:
+        yield
+    finally:
+        layer.set_adapter(active, inference_mode=True)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def scaled_adapters(scale: float, *modules: nn.Module) -> Iterator[None]:
+    """Inside, all LoRAs of these modules are `scale` times as strong, as stock `encode_prompt` has its `lora_scale`."""
+    layers = adapted_layers(*modules) if scale != 1 else []
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update({name: scale * value for name, value in scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
 
 
 @contextmanager
