@@ -282,9 +282,9 @@ def controllability(
         scores |= image_scores(encoder, images, prompts, features)
         rows.append({"model": name, **shared, **{key: round(value, 5) for key, value in scores.items()}})
         print(json.dumps(rows[-1], indent=1))
-    if results:
-        with open(results, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if results:
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     return rows
 
 

@@ -87,9 +87,7 @@ def attention(
     models: Models, settings: Settings, tell: Callable[[int, int], None], stop: threading.Event
 ) -> list[tuple[Image.Image, str]]:
     """The picture, then where each word of its prompt looks: its attention, averaged over layers, heads and steps."""
-    import torch
-    from torch.nn import functional as F
-
+    from alignkit.alignment import mean_map
     from alignkit.attention import record_attention
 
     settings.check()
@@ -99,9 +97,7 @@ def attention(
     network = models.base(settings.base).unet
     with record_attention(network) as record:
         picture = draw(models, settings, tell=tell, stop=stop)
-    size = (picture.height, picture.width)
-    # [S, H, W]: large and small layers count alike
-    maps = torch.stack([F.interpolate(m[None], size, mode="bilinear")[0] for m in record.maps.values()]).mean(0)
+    maps = mean_map(record)  # [S, h, w], as fine as the finest layer's
     tokenizer = models.base(settings.base).tokenizer
     shown, word, positions = [(picture, "the picture")], "", []
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(tokenizer(settings.prompt).input_ids)):
@@ -109,7 +105,7 @@ def attention(
             continue
         word, positions = word + token.removesuffix("</w>"), [*positions, i]
         if token.endswith("</w>"):
-            shown.append((overlay(picture, maps[positions].mean(0).cpu().numpy()), word))
+            shown.append((overlay(picture, maps[positions].mean(0).numpy()), word))
             word, positions = "", []
     return shown
 
@@ -162,9 +158,10 @@ def reward_calls(method: str) -> int:
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A heat map [H, W] over a faded picture; a handful of very hot pixels do not dim the rest."""
+    """A heat map, [H, W] or coarser, over a faded picture; a handful of very hot pixels do not dim the rest."""
     import matplotlib
 
+    heat = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR))
     low, high = heat.min(), np.quantile(heat, 0.99)
     colours: Any = matplotlib.colormaps["inferno"]((heat - low) / max(high - low, 1e-12))[..., :3]
     gray = np.asarray(picture.convert("L"), dtype=float)[..., None] / 255

@@ -12,17 +12,21 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from alignkit.artifacts import LORA_WEIGHTS, load_json, read_pretrained
+from alignkit.artifacts import LORA_WEIGHTS, atomic, load_json, read_pretrained
 from app import jobs, safety
 
 SETTINGS, CONTROL = "alignkit-page", "alignkit-control"  # text chunks of a PNG
+OUTPUTS, LORAS = "outputs", "loras"  # of the page's folder: what was drawn; LoRAs' files that others made
 LIMITS = {"num_inference_steps": (1, 200), "guidance_scale": (0, 30), "strength": (0, 1), "control_scale": (0, 2)}
 MAX_PROMPT = 2000
+MAX_SIDE = 2048
 
 
 class Cancelled(Exception):
@@ -121,6 +125,8 @@ class Settings:
     strength: float = 1.0
     controlnet: str | None = None
     control_scale: float = 1.0
+    height: int | None = None  # in pixels; None is the base's own
+    width: int | None = None
 
     def check(self) -> None:
         if not self.prompt.strip():
@@ -132,6 +138,12 @@ class Settings:
                 raise ValueError(f"{name.replace('_', ' ')}: expected {low} to {high}, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"The seed is a whole number from 0 to {2**32 - 1}, got {self.seed}.")
+        for name in ("height", "width"):
+            pixels = getattr(self, name)
+            if pixels is not None and not 64 <= pixels <= MAX_SIDE:
+                raise ValueError(
+                    f"{name}: expected 64 to {MAX_SIDE} pixels, or nothing for the base's own, got {pixels}."
+                )
         for name, weight in self.loras.items():
             if not -2 <= weight <= 2:
                 raise ValueError(f"The weight of {name}: expected -2 to 2, got {weight}.")
@@ -194,16 +206,17 @@ class Models:
 
         base = self.base(settings.base)
         parts = (settings.base, tuple(settings.loras), tuple(settings.concepts), settings.controlnet)
-        versions = tuple(_version(jobs.find(self.folder, name)) for name in settings.parts)
+        places = {name: find(self.folder, name) for name in settings.parts}
+        versions = tuple(_version(place) for place in places.values())
         if self._composed is None or self._composed[0] != (parts, versions):
             if self._composed is not None:
                 self._composed[1].unload()
                 self._composed = None
             composed = compose(
                 base.pipeline(),
-                loras={adapter(name): jobs.find(self.folder, name) for name in settings.loras},
-                concepts=[jobs.find(self.folder, name) for name in settings.concepts],
-                controlnet=str(jobs.find(self.folder, settings.controlnet)) if settings.controlnet else None,
+                loras={adapter(name): places[name] for name in settings.loras},
+                concepts=[places[name] for name in settings.concepts],
+                controlnet=str(places[settings.controlnet]) if settings.controlnet else None,
             )
             composed.pipe.set_progress_bar_config(disable=True)
             self._composed = ((parts, versions), composed)
@@ -267,21 +280,35 @@ def adapter(name: str) -> str:
 
 def _version(path: Path) -> float:
     """When a run's weights were written; DreamBooth's are in folders of their own."""
+    if path.is_file():
+        return path.stat().st_mtime
     files = [file for part in ("", "unet", "text_encoder") for file in (path / part).glob("*.safetensors")]
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-# What there is to draw with
+# What there is to draw with: runs, and what other tools made and somebody put into the folder
+
+
+def find(folder: Path, name: str) -> Path:
+    """Where a LoRA, concept or ControlNet is: a folder, or a LoRA's file. ValueError where there is none."""
+    path = safety.inside(folder, name or "")
+    file = path.with_name(f"{path.name}.safetensors")
+    if not path.is_dir() and not (file.is_file() and path.parent == folder / LORAS):
+        raise ValueError(f"There is no {name}.")
+    return path if path.is_dir() else file
 
 
 def loras(folder: Path) -> list[str]:
-    return [run for run in jobs.runs(folder) if (folder / run / LORA_WEIGHTS).is_file() and not _concept(folder / run)]
+    files = sorted((folder / LORAS).glob("*.safetensors"))
+    found = [name for name in jobs.folders(folder) if (folder / name / LORA_WEIGHTS).is_file()]
+    found = [name for name in found if not _concept(folder / name)]
+    return found + [f"{LORAS}/{file.stem}" for file in files if safety.NAME.fullmatch(file.stem)]
 
 
 def concepts(folder: Path) -> dict[str, str]:
-    """Names of the runs that learnt a word, with the word."""
-    found = {run: _concept(folder / run) for run in jobs.runs(folder)}
-    return {run: word for run, word in found.items() if word}
+    """Names of the folders with a learnt word, with the word."""
+    found = {name: _concept(folder / name) for name in jobs.folders(folder)}
+    return {name: word for name, word in found.items() if word}
 
 
 def _concept(path: Path) -> str | None:
@@ -297,7 +324,7 @@ def _concept(path: Path) -> str | None:
 def controlnets(folder: Path) -> list[str]:
     from alignkit.controlnet import WEIGHTS
 
-    return [run for run in jobs.runs(folder) if (folder / run / WEIGHTS).is_file()]
+    return [name for name in jobs.folders(folder) if (folder / name / WEIGHTS).is_file()]
 
 
 # Getting ready
@@ -306,10 +333,15 @@ def controlnets(folder: Path) -> list[str]:
 def prepare(models: Models, settings: Settings, progress: Callable, stop: threading.Event) -> None:
     """Downloads and loads what these settings draw with, and says how far that is.
 
-    Raises Cancelled as soon as `stop` is set; see `watched` for what goes on then. A download ends with the bytes that
-    are on their way, or with the file where the Hub sends it by Xet.
+    ValueError beside a training on a GPU, which could end it. Raises Cancelled as soon as `stop` is set; see `watched`
+    for what goes on then. A download ends with the bytes that are on their way, or with the file where the Hub sends it
+    by Xet.
     """
+    import torch
+
     place = models.place(settings.base)
+    if torch.cuda.is_available() and (run := jobs.training(models.folder)):
+        raise ValueError(f"{run} is being trained and may need all of the GPU: wait for it, or stop it with a save.")
     if not models.holds(settings.base):
         if place != "emoji" and not Path(place).exists():
             _download(place, progress, stop)
@@ -366,11 +398,10 @@ def make_room(models: Models) -> None:
 
 
 @in_turn
-def extract_control(
-    models: Models, base: str, controlnet: str | None, picture: Image.Image, is_map: bool
-) -> Image.Image:
-    """What the ControlNet is shown, at the base's size: a map that was given, or one that is read off a picture."""
-    height, width = models.base(base).image_size()
+def extract_control(models: Models, settings: Settings, picture: Image.Image, is_map: bool) -> Image.Image:
+    """What the ControlNet is shown, as large as what is drawn: a map that was given, or one read off a picture."""
+    controlnet = settings.controlnet
+    height, width = models.base(settings.base).image_size(settings.height, settings.width)
     if is_map:
         return ImageOps.fit(picture, (width, height), _map_resampling(models.folder, controlnet))
     picture = ImageOps.fit(picture, (width, height))
@@ -427,6 +458,8 @@ def draw(
     base = models.base(settings.base)
     base.check_prompts([settings.prompt, settings.negative_prompt])
     base.check_negative(settings.negative_prompt)
+    if settings.height or settings.width:
+        options |= dict(zip(("height", "width"), base.image_size(settings.height, settings.width), strict=True))
     if tuned and settings.is_tuned:
         composed = models.composed(settings)
         if settings.controlnet:
@@ -464,7 +497,7 @@ def _without_concepts(folder: Path, settings: Settings) -> str:
 
     nouns = {}
     for run in settings.concepts:
-        path = jobs.find(folder, run)
+        path = find(folder, run)
         if (path / "concept.json").is_file():
             said = load_json(path / "concept.json")
             nouns[said["phrase"]] = said["class_noun"]
@@ -482,6 +515,20 @@ def with_settings(image: Image.Image, settings: Settings, control: Image.Image |
         control.convert("RGB").save(buffer, "PNG")
         image.info[CONTROL] = base64.b64encode(buffer.getvalue()).decode()
     return image
+
+
+def keep(folder: Path, image: Image.Image, what: str) -> Path:
+    """Writes a picture with what is in its `info`, by day and time: what browsers are given is deleted after a day."""
+    now = datetime.now()
+    day = folder / OUTPUTS / now.strftime("%Y-%m-%d")
+    day.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    for key, value in image.info.items():
+        info.add_text(key, value)
+    path = day / f"{now.strftime('%H%M%S-%f')[:-3]}_{what}.png"
+    with atomic(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)
+    return path
 
 
 def read_settings(png: str | Path) -> tuple[Settings, Image.Image | None]:
@@ -512,8 +559,7 @@ def _of_kind(f: Any, value: Any) -> Any:
         "loras": lambda v: {str(name): float(weight) for name, weight in v.items()},
         "concepts": lambda v: [str(name) for name in v],
         "controlnet": lambda v: None if v is None else str(v),
-        "truncation": lambda v: None if v is None else int(v),
-    }
+    } | dict.fromkeys(("truncation", "height", "width"), lambda v: None if v is None else int(v))
     return kinds.get(f.name, f.type)(value)
 
 

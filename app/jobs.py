@@ -37,6 +37,7 @@ CACHE = ".cache"  # of the page's folder: what browsers are given
 ARTIFACTS = (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".md", ".txt")
 START = threading.Lock()
 STEPS_OF_BAR = re.compile(r"\| (\d+)/(\d+) \[[\d:]+<([\d:]+|\?)")  # in tqdm's bar: done, of, time left
+_measured: set[Path] = set()  # folders in which a dry run is at work; under START
 _took: dict[tuple[str, str], float] = {}  # seconds of the newest dry run of a method and a base
 
 
@@ -120,14 +121,15 @@ def dry_run(
     if method not in METHODS:
         raise ValueError(f"There is no trainer {method!r}: {', '.join(METHODS)}.")
     config = _checked(folder, config, bases, base_config)
+    scratch = folder / ".dry-run" / str(threading.get_ident())
+    key = (method, safety.read_config(config).get("pretrained_model_name_or_path", "emoji"))
     with START:
         _refuse_second(folder)
-    scratch = folder / ".dry-run" / str(threading.get_ident())
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / CONFIG).write_text(config, encoding="utf-8")
-    key = (method, safety.read_config(config).get("pretrained_model_name_or_path", "emoji"))
+        _measured.add(folder)
     process, started = None, time.monotonic()
     try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / CONFIG).write_text(config, encoding="utf-8")
         with open(scratch / LOG, "wb") as log:
             process = _popen([*_command(scratch, method), "--dry_run", "true"], log)
         while process.poll() is None:
@@ -146,6 +148,7 @@ def dry_run(
         if process is not None and process.poll() is None:
             process.kill()
             process.wait()
+        _measured.discard(folder)
         remove(scratch)
 
 
@@ -204,10 +207,17 @@ def _models_of_presets() -> frozenset[str]:
     return frozenset(value for config in configs for key, _, value in safety.leaves(config) if key not in data)
 
 
+def training(folder: Path) -> str | None:
+    """The run that is being trained."""
+    return next((run for run in runs(folder) if running(folder / run)), None)
+
+
 def _refuse_second(folder: Path) -> None:
-    busy = [run for run in runs(folder) if running(folder / run)]
+    busy = training(folder)
     if busy:
-        raise ValueError(f"{busy[0]} is being trained: one training at a time, so wait for it or stop it.")
+        raise ValueError(f"{busy} is being trained: one training at a time, so wait for it or stop it.")
+    if folder in _measured:
+        raise ValueError("A dry run is measuring what a training takes: wait for it or cancel it.")
 
 
 def _command(path: Path, method: str) -> list[str]:
@@ -265,7 +275,12 @@ def _holder(lock: Path) -> int | None:
 
 def runs(folder: Path) -> list[str]:
     """Names of all runs, the newest first."""
-    found = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if _is_run(p)]
+    return [name for name in folders(folder) if _is_run(folder / name)]
+
+
+def folders(folder: Path) -> list[str]:
+    """Names of all folders that may be runs, or hold what other tools made; the one that changed last first."""
+    found = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_dir()]
     found = [p for p in found if all(safety.NAME.fullmatch(part) for part in p.relative_to(folder).parts)]
     return [p.relative_to(folder).as_posix() for p in sorted(found, key=_changed, reverse=True)]
 

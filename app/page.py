@@ -18,7 +18,7 @@ QUEUE_SIZE = 16
 TITLE = "alignkit"
 RIGHTS = (
     "Use pictures that you have the right to use, and of people only those who agree. What you upload and draw stays "
-    "on this machine, in the folder of the page."
+    "on this machine, in the folder of the page: what is drawn in its `outputs`."
 )
 # The system's own fonts: Gradio's themes fetch theirs from elsewhere.
 THEME = gr.themes.Default(
@@ -60,17 +60,23 @@ def build(
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(f"# {TITLE}\nTeach a text-to-image model what you like, to follow a map, and new words. {RIGHTS}")
         with gr.Tabs(overflow_behavior="wrap"):
-            with gr.Tab("Generate", id="generate"):
+            with gr.Tab("Generate", id="generate") as generating:
                 tab_generate.build(page)
+            look_again = {generating: list(page.on_load)}
             for title, methods in tab_train.TABS.items():
                 with gr.Tab(title, id=title.lower()):
                     tab_train.build(page, methods)
-            with gr.Tab("Explore", id="explore"):
+            built = len(page.on_load)
+            with gr.Tab("Explore", id="explore") as exploring:
                 tab_explore.build(page)
+            look_again[exploring] = page.on_load[built:]
             with gr.Tab("Runs", id="runs"):
                 tab_runs.build(page)
         for function, outputs in page.on_load:
             demo.load(function, None, outputs, **ui.QUICK)
+        for tab, functions in look_again.items():  # for what was trained since
+            for function, outputs in functions:
+                tab.select(function, None, outputs, **ui.QUICK)
 
         def leave(request: gr.Request) -> None:
             ui.cancel(page, request)

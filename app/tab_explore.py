@@ -71,7 +71,9 @@ def _grid(page: ui.Page) -> tuple[gr.Dropdown, gr.Dropdown]:
             settings.check()
             generate.prepare(page.models, settings, progress, stopped)
             tell = generate.Timer(progress, "Drawing", len(across) * len(down) * int(steps))
-            return "", explore.grid(page.models, settings, (x, across), (y, down), tell, stopped)
+            sheet = explore.grid(page.models, settings, (x, across), (y, down), tell, stopped)
+            generate.keep(page.folder, sheet, "grid")
+            return "", sheet
 
     event = go.click(
         draw, [prompt, base, loras, concepts, alignit, x, xs, y, ys, steps, guidance, seed, truncation],
@@ -135,7 +137,10 @@ def _reward(page: ui.Page) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             upload = ui.picture_upload(height=240, elem_id="reward_picture")
-            name = gr.Dropdown(list(explore.REWARDS), value="aesthetic", label="Reward")
+            name = gr.Dropdown(
+                list(explore.REWARDS), value="aesthetic", label="Reward",
+                info="aesthetic and alignment by the emoji world's judges, which know nothing of photographs",
+            )  # fmt: skip
             prompt = gr.Textbox("a cat on a blue background", label="Prompt, for alignment")
             method = gr.Radio(["saliency", "integrated gradients"], value="integrated gradients", label="Method")
             with gr.Row():

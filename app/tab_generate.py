@@ -26,6 +26,11 @@ def build(page: ui.Page) -> None:
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
                 dice = gr.Button("Another seed", min_width=100)
+            with gr.Row():
+                size = [
+                    gr.Number(None, label=label, precision=0, placeholder="the base's own", min_width=100)
+                    for label in ("Height", "Width")
+                ]
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
             status = gr.Markdown("", elem_id="generate_status", min_height=60)
         with gr.Column(scale=3, min_width=300):
@@ -58,7 +63,7 @@ def build(page: ui.Page) -> None:
             alignit = gr.Checkbox(False, label="AlignIT", info="Keep the concept from the rest of the prompt")
             strength = gr.Slider(0, 1, 1, step=0.05, label="AlignIT's strength")
         with gr.Column(min_width=300), gr.Accordion("Control", open=False):
-            controlling, looking = _control(page, base)
+            controlling, looking = _control(page, base, size)
         with gr.Column(min_width=300), gr.Accordion("More", open=False):
             negative = gr.Textbox("", label="Negative prompt")
             steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
@@ -66,7 +71,7 @@ def build(page: ui.Page) -> None:
 
     chosen = [
         prompt, seed, base, loras, weights, concepts, truncation, alignit, strength,
-        *controlling, steps, guidance, negative,
+        *controlling, steps, guidance, negative, *size,
     ]  # fmt: skip
 
     @ui.said
@@ -75,6 +80,7 @@ def build(page: ui.Page) -> None:
         concepts: list[str] = (), truncation: float = 0, alignit: bool = False, strength: float = 1,
         controlnet: str = "", control_scale: float = 1, kind: str = PICTURE, upload: str | None = None,
         sketch: str | None = None, steps: float = 25, guidance: float = 5, negative: str = "",
+        height: float | None = None, width: float | None = None,
         request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         with ui.stoppable(page, request) as stopped:
@@ -83,16 +89,19 @@ def build(page: ui.Page) -> None:
                 num_inference_steps=int(steps), guidance_scale=guidance, loras=ui.weights(loras or [], weights),
                 concepts=list(concepts or []), truncation=int(truncation) or None, alignit=bool(alignit and concepts),
                 strength=strength, controlnet=controlnet or None, control_scale=control_scale,
+                height=int(height or 0) or None, width=int(width or 0) or None,
             )  # fmt: skip
             settings.check()
             given = _given(controlnet, upload, sketch)
             generate.prepare(page.models, settings, progress, stopped)
-            control = given and _control_of(page, base, controlnet, kind, given, progress, stopped)
+            control = given and _control_of(page, settings, kind, given, progress, stopped)
             tell = generate.Timer(progress, "Drawing", (1 + settings.is_tuned) * settings.num_inference_steps)
             before = generate.draw(page.models, settings, tuned=False, tell=tell, stop=stopped)
+            generate.keep(page.folder, before, "base")
             yield "The base is done." if settings.is_tuned else "", before, None, asdict(settings)
             if settings.is_tuned:
                 after = generate.draw(page.models, settings, control, tell=tell, stop=stopped)
+                generate.keep(page.folder, after, "tuned")
                 yield "", before, after, asdict(settings)
 
     @ui.said
@@ -106,7 +115,7 @@ def build(page: ui.Page) -> None:
             list(settings.loras), ", ".join(f"{w:g}" for w in settings.loras.values()) or "1", settings.concepts,
             settings.truncation or 0, settings.alignit, settings.strength, settings.controlnet or "",
             settings.control_scale, MAP if control else PICTURE, control, None, settings.num_inference_steps,
-            settings.guidance_scale, settings.negative_prompt, values,
+            settings.guidance_scale, settings.negative_prompt, settings.height, settings.width, values,
         ]  # fmt: skip
 
     def cancel(request: gr.Request) -> str:
@@ -134,7 +143,9 @@ def build(page: ui.Page) -> None:
     page.on_load.append((refresh, [loras, concepts, words]))
 
 
-def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Component], gr.events.Dependency]:
+def _control(
+    page: ui.Page, base: gr.Dropdown, size: list[gr.Number]
+) -> tuple[list[gr.components.Component], gr.events.Dependency]:
     """A ControlNet, its strength and what it is given; and the event that shows what it will see."""
     controlnet = gr.Dropdown([""], value="", label="ControlNet", allow_custom_value=True, elem_id="controlnet")
     scale = gr.Slider(0, 2, 1, step=0.05, label="Its strength")
@@ -151,18 +162,20 @@ def _control(page: ui.Page, base: gr.Dropdown) -> tuple[list[gr.components.Compo
 
     @ui.said
     def look(
-        base: str, controlnet: str, kind: str, upload: str | None, sketch: str | None,
-        request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
+        base: str, controlnet: str, kind: str, upload: str | None, sketch: str | None, height: float | None = None,
+        width: float | None = None, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ):  # fmt: skip
         given = _given(controlnet, upload, sketch)
         if given is None:
             raise ValueError("Choose a ControlNet first.")
         with ui.stoppable(page, request) as stopped:
+            sides = {"height": int(height or 0) or None, "width": int(width or 0) or None}
             generate.prepare(page.models, Settings("", base=base), progress, stopped)
-            return _control_of(page, base, controlnet, kind, given, progress, stopped)
+            settings = Settings("", base=base, controlnet=controlnet, **sides)
+            return _control_of(page, settings, kind, given, progress, stopped)
 
     looking = preview.click(
-        look, [base, controlnet, kind, upload, sketch], seen, api_name="preview_control", **ui.MODEL
+        look, [base, controlnet, kind, upload, sketch, *size], seen, api_name="preview_control", **ui.MODEL
     )
     page.on_load.append((lambda: gr.Dropdown(["", *generate.controlnets(page.folder)]), [controlnet]))
     return [controlnet, scale, kind, upload, sketch], looking
@@ -180,11 +193,11 @@ def _given(controlnet: str | None, upload: str | None, sketch: str | None) -> Im
 
 
 def _control_of(
-    page: ui.Page, base: str, controlnet: str, kind: str, given: Image.Image, progress: Callable, stop: threading.Event
+    page: ui.Page, settings: Settings, kind: str, given: Image.Image, progress: Callable, stop: threading.Event
 ) -> Image.Image:
     """The map that the ControlNet sees."""
     return generate.watched(
-        lambda: generate.extract_control(page.models, base, controlnet, given, kind == MAP),
+        lambda: generate.extract_control(page.models, settings, given, kind == MAP),
         "Reading the map off the picture",
         progress,
         stop,

@@ -50,7 +50,8 @@ def _build(page: ui.Page, method: str) -> None:
 
 
 def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.components.Component]]:
-    """The run's name; and the YAML, the data and the fields that `_resolved` makes a config of."""
+    """The run's name; and what `_resolved` makes a config of: the YAML, its text as the fields had it last, the data
+    and the fields."""
     first_base, place = next(iter(page.bases.items()))
     presets = forms.presets(method, first_base, page.configs_of(first_base))
     first = next(iter(presets))
@@ -60,6 +61,7 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
         presets[first], language="yaml", label="Settings", max_lines=30, interactive=True, elem_id=f"{method}_yaml",
         render=False,
     )  # fmt: skip
+    agreed = gr.State(presets[first])
     preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
     about = gr.Markdown(forms.about(presets[first]))
     name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")
@@ -73,12 +75,13 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
             upload = gr.UploadButton(
                 "Upload", file_types=[".yaml", ".yml"], min_width=100, elem_id=f"{method}_upload"
             )  # fmt: skip
-            download = gr.DownloadButton("Download", min_width=100, elem_id=f"{method}_download")
+            download = gr.Button("File to download", min_width=100, elem_id=f"{method}_download")
+        given = gr.File(label="Settings", interactive=False, visible=False, elem_id=f"{method}_given")
 
     @ui.said
     def choose(preset: str, base: str):
         config = forms.presets(method, base, page.configs_of(base))[preset]
-        return forms.about(config), config, *forms.values(method, config)
+        return forms.about(config), config, config, *forms.values(method, config)
 
     @ui.said
     def rebase(base: str):
@@ -87,19 +90,20 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
         return gr.Dropdown(list(presets), value=first), *choose(first, base)
 
     @ui.said
-    def fill(config: str, *values: Any) -> str:
-        return forms.filled(method, config, list(values))
+    def fill(config: str, *values: Any):
+        config = forms.filled(method, config, list(values))
+        return config, config
 
     @ui.said
     def read(config: str):
-        return forms.values(method, config)
+        return config, *forms.values(method, config)
 
     @ui.said
     def take(path: str):
         with open(path, encoding="utf-8", errors="strict") as file:
             config = file.read(safety.MAX_YAML_BYTES + 1)
         values = forms.values(method, config)
-        return config, *values
+        return config, config, *values
 
     @ui.said
     def give(name: str, *settings: Any):
@@ -107,27 +111,34 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
         file = page.folder / jobs.CACHE / f"{safety.inside(page.folder, name or method).name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(config, encoding="utf-8")
-        return str(file)
+        return gr.File(str(file), visible=True)
 
     base, *others = fields
-    preset.input(choose, [preset, base], [about, text, *fields], **ui.ACTION)
-    base.input(rebase, base, [preset, about, text, *fields], **ui.ACTION)
+    settings = [text, agreed, source, *fields]
+    preset.input(choose, [preset, base], [about, text, agreed, *fields], **ui.ACTION)
+    base.input(rebase, base, [preset, about, text, agreed, *fields], **ui.ACTION)
     for field in others:
-        gr.on([field.input] if hasattr(field, "input") else [field.change], fill, [text, *fields], text, **ui.ACTION)
-    text.blur(read, text, fields, **ui.ACTION)
-    upload.upload(take, upload, [text, *fields], **ui.ACTION)
-    download.click(give, [name, text, source, *fields], download, **ui.ACTION)
+        changed = field.input if hasattr(field, "input") else field.change
+        changed(fill, [text, *fields], [text, agreed], **ui.ACTION)
+    text.blur(read, text, [agreed, *fields], **ui.ACTION)
+    upload.upload(take, upload, [text, agreed, *fields], **ui.ACTION)
+    download.click(give, [name, *settings], given, **ui.ACTION)
 
     def refresh():
         return fresh_name(page, method), gr.Dropdown([*choices, *data.sets(page.data, method)])
 
     page.on_load.append((refresh, [name, source]))
-    return name, [text, source, *fields]
+    return name, settings
 
 
-def _resolved(page: ui.Page, method: str, config: str, source: str, *values: Any) -> str:
-    """The YAML with the fields' values and the data that was chosen."""
-    config = forms.filled(method, config, list(values))
+def _resolved(page: ui.Page, method: str, config: str, agreed: str, source: str, *values: Any) -> str:
+    """The YAML with the fields' values and the data that was chosen.
+
+    A button may be pressed before what was just typed has gone from one to the other: what the YAML says that the
+    fields never had is newer than they are.
+    """
+    if config.split() == agreed.split():
+        config = forms.filled(method, config, list(values))
     if source == CONFIG_OWN:
         return config
     if source == EXAMPLE_PICTURES:

@@ -30,7 +30,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import app.__main__
 from alignkit import load_base
-from alignkit.artifacts import save_json, save_lora
+from alignkit.artifacts import LORA_WEIGHTS, save_json, save_lora
 from alignkit.base import add_lora, files_on_hub
 from alignkit.conditions import Condition, build_condition
 from alignkit.conditions.condition import gray
@@ -659,8 +659,12 @@ def test_a_dry_run_measures_and_leaves_nothing(tmp_path, toy):
         list(jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 0", EMOJI))
     said = jobs.dry_run(tmp_path, "alignprop", "max_train_steps: 1\nwait: 60", EMOJI)
     assert re.fullmatch(r"Dry run: getting ready, 0 s so far, about \d+ s left…", next(said))  # as long as the first
+    with pytest.raises(ValueError, match="A dry run is measuring"):  # what a training beside it would falsify
+        jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 1", EMOJI)
     said.close()  # cancelled: the process ends with it
     assert jobs.runs(tmp_path) == [] and list((tmp_path / ".dry-run").iterdir()) == []
+    jobs.start(tmp_path, "alignprop", "mine", "max_train_steps: 1", EMOJI)
+    wait_for(tmp_path, "alignprop/mine", "finished")
 
 
 @pytest.mark.parametrize(
@@ -1041,16 +1045,16 @@ def test_a_controlnet_follows_what_is_read_off_a_picture(world):
     assert generate.controlnets(world.folder) == ["controlnetpp/edges"]
     picture = Image.new("RGB", (64, 64), "white")
     picture.paste("black", (16, 16, 48, 48))
-    control = generate.extract_control(world, "tiny", "controlnetpp/edges", picture, is_map=False)
+    edges = settings(controlnet="controlnetpp/edges")
+    control = generate.extract_control(world, edges, picture, is_map=False)
     assert control.size == (16, 16) and len(control.getcolors()) > 1  # edges, at the base's own size
-    same = generate.extract_control(world, "tiny", "controlnetpp/edges", control, is_map=True)
+    same = generate.extract_control(world, edges, control, is_map=True)
     assert (pixels(same) == pixels(control)).all()
-    guided = settings(controlnet="controlnetpp/edges")
-    drawn = pixels(generate.draw(world, guided, control))
+    drawn = pixels(generate.draw(world, edges, control))
     assert (drawn != pixels(generate.draw(world, settings()))).any()
-    assert (drawn != pixels(generate.draw(world, guided, Image.new("RGB", (16, 16))))).any()
+    assert (drawn != pixels(generate.draw(world, edges, Image.new("RGB", (16, 16))))).any()
     with pytest.raises(ValueError, match="wants a control"):
-        generate.draw(world, guided)
+        generate.draw(world, edges)
 
 
 @pytest.mark.parametrize("condition, mixed", [("segmentation", False), ("canny", True)])
@@ -1058,8 +1062,65 @@ def test_a_map_of_classes_keeps_its_colours(world, monkeypatch, condition, mixed
     monkeypatch.setattr(jobs, "config_of", lambda folder, run: f"condition: {{name: {condition}}}")
     picture = Image.new("RGB", (60, 60), (255, 0, 0))
     picture.paste((0, 0, 255), (13, 13, 41, 41))
-    control = generate.extract_control(world, "tiny", "controlnetpp/edges", picture, is_map=True)
+    control = generate.extract_control(world, settings(controlnet="controlnetpp/edges"), picture, is_map=True)
     assert (len(control.getcolors()) > 2) == mixed
+
+
+def test_pictures_of_another_size(world):
+    wide = settings(height=64, width=96, loras={"alignprop/style": 1.0}, controlnet="controlnetpp/edges")
+    control = generate.extract_control(world, wide, Image.new("RGB", (64, 64)), is_map=False)
+    assert control.size == (96, 64)
+    assert generate.draw(world, wide, control).size == generate.draw(world, wide, tuned=False).size == (96, 64)
+    with pytest.raises(ValueError, match="multiples of 2 pixels, got 65"):
+        generate.draw(world, settings(height=65))
+    with pytest.raises(ValueError, match="width: expected 64 to 2048 pixels, or nothing for the base's own, got 9000"):
+        generate.draw(world, settings(width=9000))
+
+
+def test_what_is_drawn_is_kept_with_its_settings(world, tmp_path):
+    tuned = settings(loras={"alignprop/style": 0.7})
+    image = generate.draw(world, tuned)
+    for what in ("base", "tuned"):
+        path = generate.keep(tmp_path, image, what)
+        name = path.relative_to(tmp_path).as_posix()
+        assert re.fullmatch(rf"outputs/\d{{4}}-\d\d-\d\d/\d{{6}}-\d{{3}}_{what}.png", name)
+        assert (pixels(Image.open(path)) == pixels(image)).all() and generate.read_settings(path)[0] == tuned
+    assert jobs.runs(tmp_path) == []
+
+
+def test_what_other_tools_made_is_drawn_with(world):
+    """A folder with weights in it, and a LoRA's file; neither is a run."""
+    style, thing = world.folder / "alignprop" / "style", world.folder / "neti" / "thing"
+    mixed, imported, files = (world.folder / name for name in ("mixed", "imported", generate.LORAS))
+    for folder in (mixed, imported, files):
+        folder.mkdir()
+    shutil.copy(style / LORA_WEIGHTS, mixed)
+    shutil.copy(style / LORA_WEIGHTS, files / "theirs.safetensors")
+    for file in [*thing.glob("*.safetensors"), thing / "config.json"]:
+        shutil.copy(file, imported)
+    try:
+        assert {"mixed", "loras/theirs"} < set(generate.loras(world.folder))
+        assert generate.concepts(world.folder)["imported"] == "<thing>"
+        assert not {"mixed", "imported", "loras"} & set(jobs.runs(world.folder))
+        own = pixels(generate.draw(world, settings(loras={"alignprop/style": 1.0})))
+        for name in ("mixed", "loras/theirs"):
+            assert (pixels(generate.draw(world, settings(loras={name: 1.0}))) == own).all()
+        word = settings(prompt="a <thing>", concepts=["imported"])
+        again = settings(prompt="a <thing>", concepts=["neti/thing"])
+        assert (pixels(generate.draw(world, word)) == pixels(generate.draw(world, again))).all()
+        for name in ("mixed/theirs", "loras/other", "../loras"):
+            with pytest.raises(ValueError, match="There is no|A name has"):
+                generate.draw(world, settings(loras={name: 1.0}))
+    finally:
+        for folder in (mixed, imported, files):
+            shutil.rmtree(folder)
+
+
+def test_nothing_is_loaded_beside_a_training_on_a_gpu(world, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(jobs, "training", lambda folder: "neti/mine")
+    with pytest.raises(ValueError, match="neti/mine is being trained and may need all of the GPU"):
+        ready(world, threading.Event(), [])
 
 
 def test_settings_travel_in_the_png(world, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright import sync_api
 
-from app import generate
+from app import generate, jobs, safety
 from tests.app_server import make_world, serving
 from tests.test_app import png_bytes, png_of_size
 
@@ -203,6 +203,30 @@ def test_a_config_that_reaches_out_is_refused(screen):
     screen.locator("#alignprop_yaml .cm-content").fill("max_train_steps: 1\ntrain_data_dir: /etc\n")
     screen.locator("#alignprop_start").click()
     expect(screen.get_by_test_id("toast-body")).to_contain_text("only files of this page", timeout=WAIT)
+
+
+def test_what_was_just_typed_is_what_is_trained(screen, world, tmp_path):
+    """By a button that is pressed with the cursor still in the YAML, or in a field."""
+    go_to(screen, "Align")
+    screen.get_by_role("button", name="All settings (YAML)").filter(visible=True).click()
+    screen.locator("#alignprop_yaml .cm-content").fill("max_train_steps: 3\nlora:\n  rank: 3\n")
+    screen.locator("#alignprop_download").click()
+    file = screen.locator("#alignprop_given a[download]")
+    with screen.expect_download() as download:
+        file.first.click(timeout=WAIT)
+    download.value.save_as(tmp_path / "given.yaml")
+    assert (tmp_path / "given.yaml").read_text() == "max_train_steps: 3\nlora:\n  rank: 3\n"
+
+    screen.locator("#alignprop_yaml .cm-content").fill("max_train_steps: 2\nlora:\n  rank: 5\n")
+    screen.locator("#alignprop_start").click()
+    expect(screen.locator("#alignprop_status")).to_contain_text("2 of 2 steps", timeout=WAIT)
+    expect(screen.locator("#alignprop_lora_rank input")).to_have_value("5")
+
+    screen.locator("#alignprop_lora_rank input").fill("7")
+    screen.locator("#alignprop_start").click()
+    expect(screen.locator("#alignprop_run input")).to_have_value("alignprop/run-2", timeout=WAIT)
+    configs = [safety.read_config(jobs.config_of(world[0], f"alignprop/run-{number}")) for number in (1, 2)]
+    assert [(config["max_train_steps"], config["lora"]["rank"]) for config in configs] == [(2, 5), (2, 7)]
 
 
 def test_drawing_is_cancelled(screen, monkeypatch):
