@@ -1,4 +1,4 @@
-"""LoRAs of peft in a network: which are at work, at which strength, and some of them alone."""
+"""What lies in and around a network: LoRAs of peft, at work or not, some of them alone; and torch.compile."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,3 +80,8 @@ def refuse_merged(pipe: Any, kind: type[Exception] = ValueError) -> None:
         merged |= set(layer.merged_adapters)
     if merged:
         raise kind(MERGED.format(sorted(merged)))
+
+
+def unwrapped(denoiser: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`."""
+    return getattr(denoiser, "_orig_mod", denoiser)

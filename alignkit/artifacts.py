@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignkit.attention import unwrapped
+from alignkit.adapters import unwrapped
 from alignkit.emoji import resolve
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -37,7 +37,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from alignkit.adapters import only_adapters
+from alignkit.adapters import only_adapters, unwrapped
 
 ContextSource = Callable[[Tensor, Tensor], Tensor | None]
 """(encoder_hidden_states [B, S, D], timestep [B]) -> contexts, broadcastable to [B, L, S', 2 D]; None: the plain text.
@@ -212,11 +212,6 @@ def find_cache(denoiser: nn.Module, prefixes: tuple[str, ...]) -> tuple[str, str
 
 def _reads_text(module: nn.Module) -> bool:
     return isinstance(module, Attention) and module.is_cross_attention
-
-
-def unwrapped(denoiser: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(module)`."""
-    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def _per_row(timestep: Tensor | float | int, batch: int, device: torch.device) -> Tensor:

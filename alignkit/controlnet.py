@@ -30,8 +30,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from alignkit.adapters import unwrapped
 from alignkit.artifacts import atomic, load_tensors, refuse_pickles, save_tensors
-from alignkit.attention import unwrapped
 from alignkit.base import Base, require_finite
 from alignkit.config import differences
 from alignkit.emoji import resolve

@@ -23,6 +23,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from alignkit import concepts
+from alignkit.adapters import unwrapped
 from alignkit.alignit import Concept, alignit
 from alignkit.artifacts import (
     LORA_WEIGHTS,
@@ -34,7 +35,6 @@ from alignkit.artifacts import (
     save_json,
     save_tensors,
 )
-from alignkit.attention import unwrapped
 from alignkit.emoji import resolve
 
 CUSTOM_DIFFUSION_WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"

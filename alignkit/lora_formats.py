@@ -224,6 +224,9 @@ def _from_kohya(tensors: dict[str, Tensor], network: Network, path: Path) -> Lor
             )
         if down is None or up is None:
             raise ValueError(f"{path} is not a plain LoRA: expected lora_down and lora_up of {key}")
+        twice = next((name for name in names if name in lora), None)
+        if twice:
+            raise ValueError(f"{path} holds two updates of {twice}, by diffusers' and by the original code's name")
         layer = Layer(down, up, float(len(down) if alpha is None else alpha))
         lora |= {name: part for name, part in zip(names, _apart(layer, names, network, path), strict=True) if part}
     if tensors:
@@ -259,7 +262,7 @@ def _sdxl_name(module: str, layers_per_block: int) -> str:
     """As in the original code, which numbers blocks in one row with what lies between."""
     block = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", module)
     if not block:
-        return _SDXL_ENDS[module]
+        return _SDXL_ENDS.get(module, module)
     side, number, kind, layer, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
     length = layers_per_block + 1  # down, the layers and what halves the size; up blocks have a layer more
     if kind == "downsamplers":
@@ -272,7 +275,7 @@ def _sdxl_name(module: str, layers_per_block: int) -> str:
         number = length * number + layer
         row = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
         row += ".1" if kind == "attentions" else ".0"
-    return f"{row}.{_SDXL_RESNET[rest] if kind == 'resnets' else rest}"
+    return f"{row}.{_SDXL_RESNET.get(rest, rest) if kind == 'resnets' else rest}"
 
 
 def _text_name(name: str, network: Network) -> str:

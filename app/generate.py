@@ -138,15 +138,18 @@ class Settings:
                 raise ValueError(f"{name.replace('_', ' ')}: expected {low} to {high}, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"The seed is a whole number from 0 to {2**32 - 1}, got {self.seed}.")
+        self.check_size()
+        for name, weight in self.loras.items():
+            if not -2 <= weight <= 2:
+                raise ValueError(f"The weight of {name}: expected -2 to 2, got {weight}.")
+
+    def check_size(self) -> None:
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None and not 64 <= pixels <= MAX_SIDE:
                 raise ValueError(
                     f"{name}: expected 64 to {MAX_SIDE} pixels, or nothing for the base's own, got {pixels}."
                 )
-        for name, weight in self.loras.items():
-            if not -2 <= weight <= 2:
-                raise ValueError(f"The weight of {name}: expected -2 to 2, got {weight}.")
 
     @property
     def parts(self) -> list[str]:
@@ -191,6 +194,7 @@ class Models:
 
         place = self.place(name)
         if not self.holds(name):
+            self.refuse_beside_a_training()
             self._base = self._composed = None  # the old one goes before the new one comes
             device, dtype = "cpu", torch.float32
             if torch.cuda.is_available():  # float16 ends at 65,504, which SD 2.1's attention passes
@@ -234,6 +238,13 @@ class Models:
         if self._condition is None or self._condition[0] != said:
             self._condition = (said, build_condition(said["name"], **said.get("args", {})))
         return self._condition[1]
+
+    def refuse_beside_a_training(self) -> None:
+        """ValueError on a GPU that a training may need all of: what is loaded beside it could end it."""
+        import torch
+
+        if torch.cuda.is_available() and (reason := jobs.busy(self.folder)):
+            raise ValueError(f"{reason} and may need all of the GPU: wait for it, or stop it.")
 
     def release(self) -> None:
         """Leaves nothing of a model on the GPU."""
@@ -314,17 +325,22 @@ def concepts(folder: Path) -> dict[str, str]:
 def _concept(path: Path) -> str | None:
     for file, key in (("concept.json", "phrase"), ("config.json", "placeholder_token")):
         if (path / file).is_file():
-            try:
-                return load_json(path / file).get(key)
-            except (ValueError, AttributeError):  # damaged: one run's file does not hide the others
-                return None
+            return _said(path / file, key) or None
     return None
+
+
+def _said(file: Path, key: str) -> str:
+    try:
+        return str(load_json(file).get(key, ""))
+    except (OSError, ValueError, AttributeError):  # none, or damaged: one run's file does not hide the others
+        return ""
 
 
 def controlnets(folder: Path) -> list[str]:
     from alignkit.controlnet import WEIGHTS
 
-    return [name for name in jobs.folders(folder) if (folder / name / WEIGHTS).is_file()]
+    found = [name for name in jobs.folders(folder) if (folder / name / WEIGHTS).is_file()]
+    return [name for name in found if "ControlNet" in _said(folder / name / "config.json", "_class_name")]
 
 
 # Getting ready
@@ -337,11 +353,8 @@ def prepare(models: Models, settings: Settings, progress: Callable, stop: thread
     for what goes on then. A download ends with the bytes that are on their way, or with the file where the Hub sends it
     by Xet.
     """
-    import torch
-
     place = models.place(settings.base)
-    if torch.cuda.is_available() and (run := jobs.training(models.folder)):
-        raise ValueError(f"{run} is being trained and may need all of the GPU: wait for it, or stop it with a save.")
+    models.refuse_beside_a_training()
     if not models.holds(settings.base):
         if place != "emoji" and not Path(place).exists():
             _download(place, progress, stop)
@@ -386,12 +399,16 @@ def _download(name: str, progress: Callable, stop: threading.Event) -> None:
 
 
 @in_turn
-def make_room(models: Models) -> None:
-    """For a training that is about to start, on a GPU that a page alone could fill. Waits for what is being drawn."""
+def with_room(models: Models, begin: Callable[[], Any]) -> Any:
+    """What `begin` returns, which starts a training: on a GPU that a page alone could fill, nothing is left of models.
+
+    Waits for what is being drawn; what comes behind it finds the training at work.
+    """
     import torch
 
     if torch.cuda.is_available():
         models.release()
+    return begin()
 
 
 # Controls
@@ -400,6 +417,7 @@ def make_room(models: Models) -> None:
 @in_turn
 def extract_control(models: Models, settings: Settings, picture: Image.Image, is_map: bool) -> Image.Image:
     """What the ControlNet is shown, as large as what is drawn: a map that was given, or one read off a picture."""
+    settings.check_size()
     controlnet = settings.controlnet
     height, width = models.base(settings.base).image_size(settings.height, settings.width)
     if is_map:

@@ -37,7 +37,7 @@ CACHE = ".cache"  # of the page's folder: what browsers are given
 ARTIFACTS = (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".md", ".txt")
 START = threading.Lock()
 STEPS_OF_BAR = re.compile(r"\| (\d+)/(\d+) \[[\d:]+<([\d:]+|\?)")  # in tqdm's bar: done, of, time left
-_measured: set[Path] = set()  # folders in which a dry run is at work; under START
+_measured: set[Path] = set()  # folders in which a dry run is at work
 _took: dict[tuple[str, str], float] = {}  # seconds of the newest dry run of a method and a base
 
 
@@ -207,17 +207,17 @@ def _models_of_presets() -> frozenset[str]:
     return frozenset(value for config in configs for key, _, value in safety.leaves(config) if key not in data)
 
 
-def training(folder: Path) -> str | None:
-    """The run that is being trained."""
-    return next((run for run in runs(folder) if running(folder / run)), None)
+def busy(folder: Path) -> str | None:
+    """What the machine is needed for, as the beginning of a sentence."""
+    run = next((run for run in runs(folder) if running(folder / run)), None)
+    if run:
+        return f"{run} is being trained"
+    return "A dry run is measuring what a training takes" if folder in _measured else None
 
 
 def _refuse_second(folder: Path) -> None:
-    busy = training(folder)
-    if busy:
-        raise ValueError(f"{busy} is being trained: one training at a time, so wait for it or stop it.")
-    if folder in _measured:
-        raise ValueError("A dry run is measuring what a training takes: wait for it or cancel it.")
+    if reason := busy(folder):
+        raise ValueError(f"{reason}: one training at a time, so wait for it or stop it.")
 
 
 def _command(path: Path, method: str) -> list[str]:

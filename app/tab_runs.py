@@ -1,11 +1,12 @@
 """Runs: what there is, how it went, what came of it; and the page's functions for other programs."""
 
+import itertools
 from collections.abc import Iterator
 
 import gradio as gr
 
 from app import jobs, safety, ui
-from app.generate import Cancelled, make_room
+from app.generate import Cancelled, with_room
 
 COLUMNS = ["run", "state", "step", "of"]
 
@@ -130,16 +131,16 @@ def _api(page: ui.Page) -> None:
     @ui.said
     def start_training(method: str, name: str, config: str) -> str:
         """Starts a training with this YAML; returns the run's name."""
-        make_room(page.models)
-        return jobs.start(page.folder, method, name, config, page.bases, page.base_config)
+        given = (method, name, config, page.bases, page.base_config)
+        return with_room(page.models, lambda: jobs.start(page.folder, *given))
 
     @ui.said
     def dry_run(method: str, config: str, request: gr.Request) -> Iterator[str]:
         """How far it is, and at last the time and memory of a training, by two steps. /cancel ends it."""
         with ui.stoppable(page, request) as stopped:
-            make_room(page.models)
             said = jobs.dry_run(page.folder, method, config, page.bases, page.base_config)
-            for words in said:
+            first = with_room(page.models, lambda: next(said))
+            for words in itertools.chain([first], said):
                 if stopped.is_set():
                     said.close()
                     raise Cancelled
@@ -154,8 +155,7 @@ def _api(page: ui.Page) -> None:
     @ui.said
     def resume_training(run: str) -> str:
         """Goes on from the newest checkpoint."""
-        make_room(page.models)
-        jobs.resume(page.folder, run, page.bases, page.base_config)
+        with_room(page.models, lambda: jobs.resume(page.folder, run, page.bases, page.base_config))
         return run
 
     @ui.said

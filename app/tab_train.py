@@ -1,6 +1,7 @@
 """Align, Control, Personalize: a form for each trainer, and what its trainings are doing."""
 
 import functools
+import itertools
 from typing import Any
 
 import gradio as gr
@@ -137,7 +138,8 @@ def _resolved(page: ui.Page, method: str, config: str, agreed: str, source: str,
     A button may be pressed before what was just typed has gone from one to the other: what the YAML says that the
     fields never had is newer than they are.
     """
-    if config.split() == agreed.split():
+    lines, those_of_fields = ([line.rstrip() for line in text.strip().splitlines()] for text in (config, agreed))
+    if lines == those_of_fields:
         config = forms.filled(method, config, list(values))
     if source == CONFIG_OWN:
         return config
@@ -164,17 +166,17 @@ def _buttons(
     @ui.said
     def start(name: str, *settings: Any):
         config = _resolved(page, method, *settings)
-        generate.make_room(page.models)
-        started = jobs.start(page.folder, method, (name or "").strip(), config, page.bases, page.base_config)
+        given = (method, (name or "").strip(), config, page.bases, page.base_config)
+        started = generate.with_room(page.models, lambda: jobs.start(page.folder, *given))
         return gr.Dropdown(_runs(page, method), value=started), fresh_name(page, method)
 
     @ui.said
     def measure(request: gr.Request, *settings: Any):
         config = _resolved(page, method, *settings)
         with ui.stoppable(page, request) as stopped:
-            generate.make_room(page.models)
             said = jobs.dry_run(page.folder, method, config, page.bases, page.base_config)
-            for words in said:
+            first = generate.with_room(page.models, lambda: next(said))
+            for words in itertools.chain([first], said):
                 if stopped.is_set():
                     said.close()
                     yield "The dry run was cancelled.", gr.Button(visible=False)
@@ -217,8 +219,7 @@ def _watched(page: ui.Page, method: str) -> tuple[gr.Dropdown, dict[str, Any]]:
 
     @ui.said
     def go_on(run: str):
-        generate.make_room(page.models)
-        jobs.resume(page.folder, run, page.bases, page.base_config)
+        generate.with_room(page.models, lambda: jobs.resume(page.folder, run, page.bases, page.base_config))
 
     def watch(run: str | None, curve: str | None, shown: str):
         if run not in jobs.runs(page.folder):

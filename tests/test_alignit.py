@@ -241,7 +241,7 @@ def test_rows_of_a_mapper_are_those_of_every_step(tiny_model, tmp_path, dtype):
 
 @pytest.fixture
 def texts(monkeypatch) -> list:
-    """Of every AlignIT block, its `_Text`, which has the cache."""
+    """Of every AlignIT block, its `Text`, which has the cache."""
     made = []
 
     class Kept(alignit_module.Text):

@@ -1118,9 +1118,12 @@ def test_what_other_tools_made_is_drawn_with(world):
 
 def test_nothing_is_loaded_beside_a_training_on_a_gpu(world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(jobs, "training", lambda folder: "neti/mine")
-    with pytest.raises(ValueError, match="neti/mine is being trained and may need all of the GPU"):
-        ready(world, threading.Event(), [])
+    monkeypatch.setattr(jobs, "busy", lambda folder: "neti/mine is being trained")
+    models = generate.Models(world.folder, world.bases)
+    for work in (lambda: ready(world, threading.Event(), []), lambda: generate.draw(models, settings())):
+        with pytest.raises(ValueError, match="neti/mine is being trained and may need all of the GPU"):
+            work()
+    assert not models.holds("tiny")
 
 
 def test_settings_travel_in_the_png(world, tmp_path):
@@ -1211,12 +1214,12 @@ def test_a_training_gets_the_gpu_to_itself(world, monkeypatch):
     """Where there is one: on a CPU the base stays for the next picture."""
     models = generate.Models(world.folder, world.bases)
     generate.draw(models, settings())
-    generate.make_room(models)
+    assert generate.with_room(models, lambda: threading.current_thread().name) == "models"
     assert models.holds(settings().base)
     emptied = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
-    generate.make_room(models)
+    assert not generate.with_room(models, lambda: models.holds(settings().base))
     assert not models.holds(settings().base) and models._composed is None and emptied
 
 

@@ -511,6 +511,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, case):
     assert reproducible(whole) == reproducible(resumed) and len(scalars(whole)) == 4
 
 
+def test_the_next_images_are_read_while_these_are_learnt(config, monkeypatch):
+    """Each micro-batch once, the next one before the current one is learnt from, and nothing behind the last."""
+    told, read, learn = [], controlnetpp.Loader.read, controlnetpp.controlled
+
+    def reading(loader, step, indices):
+        told.append(("read", step, indices[0]))
+        return read(loader, step, indices)
+
+    monkeypatch.setattr(controlnetpp.Loader, "read", reading)
+    monkeypatch.setattr(controlnetpp, "controlled", lambda *args: told.append("learn") or learn(*args))
+    train(config(max_train_steps=2))
+    expected = [("read", 0, 0)]
+    for step, first in ((0, 2), (1, 4), (1, 6)):
+        expected += [("read", step, first), "learn"]
+    assert told == [*expected, "learn"]
+
+
 def test_cached_or_not_is_the_same(config):
     one, two = train(config("one")), train(config("two", cache=True))
     for ours, theirs in zip(scalars(one), scalars(two), strict=True):

@@ -316,6 +316,12 @@ def test_class_images_go_on_where_a_run_was_stopped(config, monkeypatch):
     assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in files)
     assert not (part.parent / "class_images.partial").exists()
 
+    (part.parent / "README.md").unlink()
+    (part / "0002.png").unlink()  # by somebody
+    seeds.clear()
+    train(config("part", **fields | {"max_train_steps": 2}))
+    assert seeds[:2] == [2, 4] and all((whole / name).read_bytes() == (part / name).read_bytes() for name in files)
+
 
 def test_images_of_the_class_that_are_not_finite_stop_the_run(config, monkeypatch):
     """Before they are saved: 8 bits would make them black."""

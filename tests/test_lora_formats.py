@@ -195,6 +195,11 @@ def test_sdxl_as_other_trainers_name_it(folders, tmp_path):
     save_file(theirs, tmp_path / "theirs.safetensors")
     back = load_file(convert_lora(tmp_path / "theirs.safetensors", tmp_path / "back", "diffusers", folders["sdxl"]))
     unet = {key: tensor for key, tensor in original.items() if key.startswith("unet.")}
+    conv_in = {key: tensor for key, tensor in theirs.items() if key.startswith("lora_unet_conv_in.")}
+    both = theirs | {key.replace("conv_in", "input_blocks_0_0"): tensor.clone() for key, tensor in conv_in.items()}
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match="holds two updates of unet.conv_in"):
+        convert_lora(tmp_path / "both.safetensors", tmp_path / "none", "diffusers", folders["sdxl"])
     assert back.keys() == unet.keys() and all(torch.equal(back[key], tensor) for key, tensor in unet.items())
 
 
@@ -217,6 +222,8 @@ def test_sdxls_blocks_are_numbered_as_in_the_original_code():
         "add_embedding.linear_2": "label_emb_0_2",
     }.items():
         assert names[f"unet.{module}"] == f"lora_unet_{expected}"
+    distilled = unet._replace(layers=unet.layers | {"time_embedding.cond_proj": [320, 256]})  # LCM's
+    assert "lora_unet_time_embedding_cond_proj" in _kohya_layers(distilled)
     te = "text_model.encoder.layers.3.mlp.fc2"
     assert _text_name(f"text_encoder_2.{te}", unet) == "lora_te2_text_model_encoder_layers_3_mlp_fc2"
     assert _text_name(f"text_encoder.{te}", unet) == "lora_te1_text_model_encoder_layers_3_mlp_fc2"

@@ -332,10 +332,13 @@ def class_images(run: Run, cfg: Config, base: Base, side: int) -> Iterable[Tenso
             drawn_by = left / "settings.json"
             if drawn_by.is_file() and load_json(drawn_by) != settings:
                 remove(left)  # of a run that ended before its first checkpoint, which would have refused this one
+        names = [f"{i:04d}.png" for i in range(cfg.num_class_images)]
+        if folder.is_dir() and not all((folder / name).is_file() for name in names):
+            folder.rename(partial)  # somebody took one out
         if not folder.is_dir():
             partial.mkdir(parents=True, exist_ok=True)
             save_json(settings, partial / "settings.json")
-            files = [partial / f"{i:04d}.png" for i in range(cfg.num_class_images)]
+            files = [partial / name for name in names]
             done = next((i for i, file in enumerate(files) if not file.is_file()), len(files))
             for start, images in drawn_of_class(cfg, base, side, cfg.num_class_images, done):
                 for file, picture in zip(files[start:], numpy_to_pil(images.permute(0, 2, 3, 1).numpy()), strict=False):

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-from alignkit.adapters import active_adapters, only_base_adapters, refuse_merged
+from alignkit.adapters import active_adapters, only_base_adapters, refuse_merged, unwrapped
 from alignkit.alignit.checks import check_customised, check_encoders, check_phrases
 from alignkit.alignit.text import Concept, Prompt, Segment, Text, as_list, of_rows, with_concepts
-from alignkit.attention import unwrapped
 
 
 def _segments(pipe: Any, max_sequence_length: int) -> list[Segment]:
