@@ -62,7 +62,8 @@ def _settings(page: ui.Page, method: str) -> tuple[gr.Textbox, list[gr.component
         presets[first], language="yaml", label="Settings", max_lines=30, interactive=True, elem_id=f"{method}_yaml",
         render=False,
     )  # fmt: skip
-    agreed = gr.State(presets[first])
+    # no gr.State: that is the server's, which is ahead of what the browser sends with a button
+    agreed = gr.Textbox(presets[first], visible="hidden", elem_id=f"{method}_agreed")
     preset = gr.Dropdown(list(presets), value=first, label="Start from", elem_id=f"{method}_preset")
     about = gr.Markdown(forms.about(presets[first]))
     name = gr.Textbox(label="Name of the run", info="Letters, digits, - and _", elem_id=f"{method}_name")

@@ -1188,7 +1188,7 @@ def test_drawing_is_cancelled_at_the_next_step(world):
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"seed": -1}, "seed"),
         ({"base": "other"}, "offers"),
-        ({"loras": {"alignprop/none": 1.0}}, "no run"),
+        ({"loras": {"alignprop/none": 1.0}}, "There is no alignprop/none"),
         ({"loras": {"../../etc": 1.0}}, "name"),
         ({"loras": {"alignprop/style": 99.0}}, "weight"),
         ({"concepts": ["/etc"]}, "name"),
