@@ -17,6 +17,10 @@ PICTURE, MAP = "a picture: read the map off it", "the map itself"
 
 def build(page: ui.Page) -> None:
     first_base = next(iter(page.bases))
+    size = [
+        gr.Number(0, label=label, info="0: the base's own", precision=0, min_width=100, render=False)
+        for label in ("Height", "Width")
+    ]
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox("a cat on a blue background", label="Prompt", lines=2, elem_id="prompt")
@@ -26,11 +30,6 @@ def build(page: ui.Page) -> None:
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
                 dice = gr.Button("Another seed", min_width=100)
-            with gr.Row():
-                size = [
-                    gr.Number(None, label=label, precision=0, placeholder="the base's own", min_width=100)
-                    for label in ("Height", "Width")
-                ]
             base = gr.Dropdown(list(page.bases), value=first_base, label="Base model", visible=len(page.bases) > 1)
             status = gr.Markdown("", elem_id="generate_status", min_height=60)
         with gr.Column(scale=3, min_width=300):
@@ -68,6 +67,9 @@ def build(page: ui.Page) -> None:
             negative = gr.Textbox("", label="Negative prompt")
             steps = gr.Slider(1, 100, 25, step=1, label="Denoising steps")
             guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
+            with gr.Row():
+                for side in size:
+                    side.render()
 
     chosen = [
         prompt, seed, base, loras, weights, concepts, truncation, alignit, strength,
@@ -115,7 +117,7 @@ def build(page: ui.Page) -> None:
             list(settings.loras), ", ".join(f"{w:g}" for w in settings.loras.values()) or "1", settings.concepts,
             settings.truncation or 0, settings.alignit, settings.strength, settings.controlnet or "",
             settings.control_scale, MAP if control else PICTURE, control, None, settings.num_inference_steps,
-            settings.guidance_scale, settings.negative_prompt, settings.height, settings.width, values,
+            settings.guidance_scale, settings.negative_prompt, settings.height or 0, settings.width or 0, values,
         ]  # fmt: skip
 
     def cancel(request: gr.Request) -> str:

@@ -49,6 +49,7 @@ ARMS = {
     DETACHED: {},  # this, too
     OTHER: {},
 }
+LAMBDAS = {"reward, lambda 10": {"reward_weight": 10}, "reward, lambda 30": {"reward_weight": 30}}  # of line art
 CONTROLS = {  # conditions in tests/benchmarks/controls.py
     "segmentation": {DETACHED: "DetachedSegmentation", OTHER: "PermutedSegmentation"},
     "depth": {DETACHED: "DetachedDepth", OTHER: "MirroredDepth"},
@@ -61,7 +62,7 @@ def arms_of(condition: str) -> dict[str, dict]:
     controls = {
         arm: {"condition.name": f"tests.benchmarks.controls:{name}"} for arm, name in CONTROLS[condition].items()
     }
-    return ARMS | controls
+    return ARMS | (LAMBDAS if condition == "lineart" else {}) | controls
 
 
 def config_of(condition: str) -> Path:
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run the cells that are missing")
     parser.add_argument("--card", action="store_true", help="write tables and strips to results/controlnetpp_emoji.md")
     parser.add_argument("--condition", choices=CONDITIONS, action="append")
-    parser.add_argument("--arm", choices=list(ARMS), action="append")
+    parser.add_argument("--arm", choices=[*ARMS, *LAMBDAS], action="append")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument(
         "--mixed_precision",
@@ -316,7 +317,7 @@ def main() -> None:
             for condition in args.condition or CONDITIONS:
                 # an arm needs the first stage, the one of equal time also the two that it is timed by: in this order
                 for arm in arms_of(condition):
-                    if arm in (args.arm or ARMS) and not find(condition, arm, seed):
+                    if arm in (args.arm or arms_of(condition)) and not find(condition, arm, seed):
                         run_cell(condition, arm, seed, args.mixed_precision)
     conditions = args.condition or CONDITIONS
     print("\n\n".join(f"{table(condition)}\n\n{gains(condition)}" for condition in conditions))
