@@ -49,7 +49,7 @@ ARMS = {
     DETACHED: {},  # this, too
     OTHER: {},
 }
-LAMBDAS = {"reward, lambda 10": {"reward_weight": 10}, "reward, lambda 30": {"reward_weight": 30}}  # of line art
+LAMBDAS = {f"reward, lambda {weight}": {"reward_weight": weight} for weight in (10, 30, 100)}  # of line art
 CONTROLS = {  # conditions in tests/benchmarks/controls.py
     "segmentation": {DETACHED: "DetachedSegmentation", OTHER: "PermutedSegmentation"},
     "depth": {DETACHED: "DetachedDepth", OTHER: "MirroredDepth"},
